@@ -1,0 +1,52 @@
+"""The kinds of tensor a model file may hold: how many numbers a block has and how many bytes it takes.
+
+The block formats are those of GGML (ggml-common.h in llama.cpp documents their bytes).  Knows no file format: a GGUF
+type number or a safetensors dtype is turned into a ``Kind`` by its reader.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+
+class Kind(StrEnum):
+    """How the numbers of a tensor are stored; equal to its name as a string."""
+
+    F32 = "F32"
+    F16 = "F16"
+    BF16 = "BF16"
+    Q4_0 = "Q4_0"
+    Q4_1 = "Q4_1"
+    Q5_0 = "Q5_0"
+    Q5_1 = "Q5_1"
+    Q8_0 = "Q8_0"
+    Q4_K = "Q4_K"
+    Q5_K = "Q5_K"
+    Q6_K = "Q6_K"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One block of a kind: block_size numbers in block_bytes bytes; dtype is None for the quantised kinds."""
+
+    block_size: int
+    block_bytes: int
+    dtype: torch.dtype | None = None
+
+
+LAYOUTS: dict[Kind, Layout] = {
+    Kind.F32: Layout(1, 4, torch.float32),
+    Kind.F16: Layout(1, 2, torch.float16),
+    Kind.BF16: Layout(1, 2, torch.bfloat16),
+    Kind.Q4_0: Layout(32, 2 + 16),
+    Kind.Q4_1: Layout(32, 2 + 2 + 16),
+    Kind.Q5_0: Layout(32, 2 + 4 + 16),
+    Kind.Q5_1: Layout(32, 2 + 2 + 4 + 16),
+    Kind.Q8_0: Layout(32, 2 + 32),
+    Kind.Q4_K: Layout(256, 2 + 2 + 12 + 128),
+    Kind.Q5_K: Layout(256, 2 + 2 + 12 + 32 + 128),
+    Kind.Q6_K: Layout(256, 128 + 64 + 16 + 2),
+}
