@@ -1,0 +1,266 @@
+"""Site: what all connections of one server share: the table, the hooks, the counts, the flush pass and the sweep.
+
+Owns everything that is counted across connections; knows no listening socket and no byte of the wire.  L only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from vserve.errors import ApiError, InternalError, RateLimited, Unavailable
+from vserve.http.events import RequestHead
+from vserve.http.exchange import Exchange, Fields, Response
+from vserve.http.limits import Limits
+from vserve.http.router import Route, Router
+from vserve.http.writer import Writer
+
+log = logging.getLogger("vserve.http")
+
+SWEEP_S = 0.5
+"""How often deadlines are looked at: every timeout is late by at most this."""
+
+FLUSH_SLICE = 64
+"""Connections flushed in one callback of the loop before other callbacks get a turn."""
+
+KNOWN_HEADS = 256
+KNOWN_HEAD_BYTES = 1024
+"""Bounds of the memory of whole heads: probes and simple clients send the same bytes again and again."""
+
+_UNIQUE_FIELDS = ("authorization", "cookie", "x-api-key", "x-request-id")
+
+
+@dataclass(frozen=True, slots=True)
+class AccessEntry:
+    """One finished, refused or broken-off exchange.
+
+    method and route are None when no head could be parsed or no route matched; method is the client's own word.
+    status 0: the client vanished before a reply began.  body_bytes: content sent, without transfer coding.
+    """
+
+    method: str | None
+    route: str | None
+    status: int
+    duration_s: float
+    body_bytes: int
+    request_id: str
+    peer: str
+    gone: bool
+
+
+RenderError = Callable[[ApiError, Exchange | None], Response]
+Gate = Callable[[RequestHead, Route], ApiError | None]
+ReplyHeaders = Callable[[RequestHead], Fields]
+AccessLog = Callable[[AccessEntry], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What the application decides.  All are called on L and must be quick.
+
+    render_error: an error as a reply; exchange is None when no head could be parsed.  gate: called when the route is
+    known and before any content is read; an error refuses the request.  reply_headers: fields added to every reply to
+    a parsed head (CORS).  access_log: called once for each exchange.
+    """
+
+    render_error: RenderError
+    gate: Gate | None = None
+    reply_headers: ReplyHeaders | None = None
+    access_log: AccessLog | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KnownHead:
+    """A head without content that was parsed and routed before."""
+
+    head: RequestHead
+    route: Route
+
+
+class Peer(Protocol):
+    """What the site does with a connection."""
+
+    address: str
+    deadline_s: float
+    dirty: bool
+
+    def flush(self) -> None: ...
+    def expire(self, now_s: float) -> None: ...
+    def retire(self) -> None: ...
+    def drop(self) -> None: ...
+
+
+class Site:
+    """Shared by the connections of one server."""
+
+    def __init__(
+        self, router: Router, limits: Limits, hooks: Hooks, writer: Writer, clock: Callable[[], float]
+    ) -> None:
+        self.router = router
+        self.limits = limits
+        self.hooks = hooks
+        self.writer = writer
+        self.clock = clock
+        self.loop = asyncio.get_running_loop()
+        self.connections: set[Peer] = set()
+        self.active = 0  # exchanges whose reply has not ended
+        self.bodies_bytes = 0  # content held for them
+        self.draining = False
+        self.known: dict[bytes, KnownHead] = {}
+        self._per_address: dict[str, int] = {}
+        self._dirty: list[Peer] = []
+        self._tasks: set[asyncio.Future[Response | None]] = set()
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._id_prefix = f"req-{secrets.token_hex(6)}-"
+        self._ids = itertools.count(1)
+        self.watched: list[asyncio.Future[None]] = []  # who waits in quiet()
+
+    # Counting
+
+    def admit(self, peer: Peer) -> ApiError | None:
+        """Count a new connection; an error means that it may only ask for vital routes."""
+        self.connections.add(peer)
+        held = self._per_address[peer.address] = self._per_address.get(peer.address, 0) + 1
+        if self._sweeper is None:
+            self._sweeper = self.loop.call_later(SWEEP_S, self._sweep)
+        limits = self.limits
+        if len(self.connections) > limits.connections:
+            return Unavailable("The server has too many open connections.", retry_after_s=1, close=True)
+        if limits.connections_per_address is not None and held > limits.connections_per_address:
+            return RateLimited("This address has too many open connections.", retry_after_s=1, close=True)
+        return None
+
+    @property
+    def overfull(self) -> bool:
+        """True when there are so many connections that another is not even told so."""
+        return len(self.connections) >= self.limits.connections + self.limits.spare_connections
+
+    def forget(self, peer: Peer) -> None:
+        """A connection is gone; one that was never admitted is ignored."""
+        if peer not in self.connections:
+            return
+        self.connections.remove(peer)
+        left = self._per_address[peer.address] - 1
+        if left:
+            self._per_address[peer.address] = left
+        else:
+            del self._per_address[peer.address]
+        self.tell_quiet()
+
+    def tell_quiet(self) -> None:
+        """Wake who waits in quiet(); called whenever a count falls."""
+        if self.watched:
+            for future in self.watched:
+                if not future.done():
+                    future.set_result(None)
+            self.watched.clear()
+
+    async def quiet(self, done: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait until done() holds, which is asked when counts fall; False if it does not within timeout_s."""
+        until_s = self.loop.time() + timeout_s
+        while not done():
+            left_s = until_s - self.loop.time()
+            if left_s <= 0:
+                return False
+            future: asyncio.Future[None] = self.loop.create_future()
+            self.watched.append(future)
+            await asyncio.wait([future], timeout=left_s)
+        return True
+
+    # Exchanges
+
+    def request_id(self, head: RequestHead | None) -> str:
+        """The client's X-Request-Id if it may be echoed, else a fresh one."""
+        given = head.headers.find("x-request-id") if head is not None else None
+        # Visible ASCII only: the id goes into reply headers and log lines.
+        if given is not None and 1 <= len(given) <= 128 and all("!" <= char <= "~" for char in given):
+            return given
+        return f"{self._id_prefix}{next(self._ids):x}"
+
+    def remember(self, data: bytes, head: RequestHead, route: Route) -> None:
+        """Keep a head that was all of one read, unless it is large or bound to one request or caller."""
+        if len(data) > KNOWN_HEAD_BYTES or any(name in head.headers for name in _UNIQUE_FIELDS):
+            return
+        if len(self.known) >= KNOWN_HEADS:
+            self.known.clear()  # O(1) each on average, and no order to maintain
+        self.known[data] = KnownHead(head, route)
+
+    def render(self, error: ApiError, exchange: Exchange | None) -> Response:
+        """The error as a reply, with the header fields that belong to it."""
+        try:
+            response = self.hooks.render_error(error, exchange)
+        except Exception:
+            log.exception("render_error failed")
+            response = Response(error.status, error.message.encode(), "text/plain; charset=utf-8")
+        present = {name.lower() for name, _ in response.headers}
+        missing = tuple(field for field in error.headers() if field[0] not in present)
+        if not missing:
+            return response
+        return Response(response.status, response.body, response.content_type, (*response.headers, *missing))
+
+    def as_api_error(self, error: BaseException, exchange: Exchange) -> ApiError:
+        """What a handler raised, as the client may see it; a bug is logged with its traceback."""
+        if isinstance(error, ApiError):
+            return error
+        log.error("request %s failed", exchange.id, exc_info=error)
+        return InternalError(f"Internal error; the request id is {exchange.id}.")
+
+    def start(
+        self, work: Awaitable[Response | None], done: Callable[[asyncio.Future[Response | None]], None]
+    ) -> asyncio.Future[Response | None]:
+        """Run an async handler as a task, kept until it is done; then done is called with it."""
+        task = asyncio.ensure_future(work, loop=self.loop)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(done)
+        return task
+
+    async def end_tasks(self) -> None:
+        """Cancel and await what handlers are still running."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    # The flush pass and the sweep
+
+    def flush_later(self, peer: Peer) -> None:
+        """Flush the connection at the end of this pass of the loop; one callback serves them all."""
+        if not peer.dirty:
+            peer.dirty = True
+            self._dirty.append(peer)
+            if len(self._dirty) == 1:
+                self.loop.call_soon(self._flush_dirty)
+
+    def _flush_dirty(self) -> None:
+        dirty = self._dirty
+        now, self._dirty = dirty[:FLUSH_SLICE], dirty[FLUSH_SLICE:]
+        if self._dirty:
+            self.loop.call_soon(self._flush_dirty)
+        for peer in now:
+            peer.dirty = False
+            peer.flush()
+
+    def sweep(self, now_s: float) -> None:
+        """Let every connection whose deadline has passed act on it."""
+        # A float compare each: thousands of connections cost well under a millisecond, and none needs its own timer.
+        for peer in [peer for peer in self.connections if peer.deadline_s <= now_s]:
+            peer.expire(now_s)
+
+    def _sweep(self) -> None:
+        self._sweeper = None
+        self.sweep(self.clock())
+        if self.connections:
+            self._sweeper = self.loop.call_later(SWEEP_S, self._sweep)
+
+    def stop_sweeping(self) -> None:
+        """Cancel the timer; the next connection starts it again."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
