@@ -1,0 +1,212 @@
+"""The bridge merges what a late loop missed, keeps order, and lets no stream harm another."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from vserve.bridge import SLICE, Bridge, merge
+from vserve.engine.inbox import Inbox
+from vserve.engine.request import (
+    Cancel,
+    Emit,
+    EngineStats,
+    FinishReason,
+    GenRequest,
+    RequestId,
+    Timing,
+    TokenLogprobs,
+)
+from vserve.errors import EngineDied, RateLimited, Unavailable
+
+
+@dataclass
+class Sink:
+    """Remembers; raises on its first push when told to."""
+
+    broken: bool = False
+    pushes: list[Emit] = field(default_factory=list)
+    failures: list[EngineDied] = field(default_factory=list)
+
+    def push(self, emit: Emit) -> None:
+        if self.broken:
+            raise RuntimeError("a sink broke")
+        self.pushes.append(emit)
+
+    def fail(self, error: EngineDied) -> None:
+        self.failures.append(error)
+        if self.broken:
+            raise RuntimeError("a sink broke again")
+
+    @property
+    def ids(self) -> list[int]:
+        return [token for emit in self.pushes for token in emit.ids]
+
+
+class Both:
+    """A bridge on an event loop of its own, with sinks for a number of live requests."""
+
+    def __init__(self, streams: int = 1, limit: int = 1000) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.inbox = Inbox(limit)
+        self.bridge = Bridge(self.loop, self.inbox)
+        self.sinks = {name: Sink() for name in (self.open(index) for index in range(streams))}
+        for name, sink in self.sinks.items():
+            self.bridge.submit(GenRequest(name, [1], 100), sink)
+
+    def open(self, _: int) -> RequestId:
+        return self.bridge.next_id()
+
+    def turn(self) -> None:
+        """One pass of the event loop."""
+        self.loop.call_soon(self.loop.stop)
+        self.loop.run_forever()
+
+    def settle(self) -> None:
+        for _ in range(200):
+            self.turn()
+
+    def close(self) -> None:
+        self.loop.close()
+        self.inbox.close()
+
+
+@pytest.fixture
+def both() -> Iterator[Both]:
+    made = Both(3)
+    yield made
+    made.close()
+
+
+def emits(streams: dict[RequestId, Sink], token: int) -> list[Emit]:
+    return [Emit(name, (token,)) for name in streams]
+
+
+def test_steps_published_while_the_loop_was_busy_arrive_as_one_push_a_stream(both: Both) -> None:
+    for step in range(50):
+        both.bridge.publish(emits(both.sinks, step), EngineStats(steps_total=step))
+    both.turn()
+    for sink in both.sinks.values():
+        assert len(sink.pushes) == 1
+        assert sink.ids == list(range(50))
+    assert both.bridge.stats.steps_total == 49
+
+
+def test_a_loop_that_is_behind_merges_instead_of_queueing() -> None:
+    both = Both(SLICE * 5)
+    for step in range(60):  # each pass of the loop serves a fifth of the streams while another step is published
+        both.bridge.publish(emits(both.sinks, step), EngineStats())
+        both.turn()
+    both.settle()
+    for sink in both.sinks.values():
+        assert sink.ids == list(range(60))
+        assert len(sink.pushes) <= 14
+    both.close()
+
+
+def test_published_from_another_thread_nothing_is_lost() -> None:
+    both = Both(10)
+
+    def engine() -> None:
+        for step in range(500):
+            both.bridge.publish(emits(both.sinks, step), EngineStats())
+        both.bridge.publish([Emit(name, (), FinishReason.LENGTH) for name in both.sinks], EngineStats())
+
+    thread = threading.Thread(target=engine)
+    thread.start()
+    while both.bridge.live:
+        both.turn()
+    thread.join()
+    assert all(sink.ids == list(range(500)) for sink in both.sinks.values())
+    both.close()
+
+
+def test_nothing_is_pushed_after_a_finish_or_a_cancel(both: Both) -> None:
+    one, two, _ = both.sinks
+    both.bridge.publish([Emit(one, (1,), FinishReason.STOP), Emit(two, (1,))], EngineStats())
+    both.turn()
+    both.bridge.publish([Emit(one, (2,)), Emit(two, (2,))], EngineStats())
+    both.bridge.cancel(two)
+    both.bridge.cancel(two)
+    both.settle()
+    assert both.sinks[one].ids == [1]
+    assert both.sinks[two].ids == [1]
+    assert both.bridge.live == 1
+    assert [item for item in both.inbox.drain() if isinstance(item, Cancel)] == [Cancel(two)]
+
+
+def test_a_sink_that_raises_is_failed_and_cancelled_and_the_others_get_their_tokens(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.CRITICAL)
+    both = Both(SLICE * 2 + 5)
+    names = list(both.sinks)
+    for name in (names[0], names[SLICE + 1], names[-1]):  # in the first slice, in a later one, and the last of all
+        both.sinks[name].broken = True
+    for step in range(3):
+        both.bridge.publish(emits(both.sinks, step), EngineStats())
+        both.settle()
+    for sink in both.sinks.values():
+        assert sink.ids == ([] if sink.broken else [0, 1, 2])
+        assert len(sink.failures) == (1 if sink.broken else 0)
+    cancels = [item for item in both.inbox.drain() if isinstance(item, Cancel)]
+    assert [cancel.reason for cancel in cancels] == [FinishReason.ERROR] * 3
+    both.close()
+
+
+def test_death_delivers_what_was_computed_then_fails_every_stream_and_every_later_submit() -> None:
+    both = Both(SLICE + 10)
+    names = list(both.sinks)
+    both.bridge.publish(emits(both.sinks, 1), EngineStats())
+    both.turn()  # a round is half done
+    both.bridge.publish([Emit(names[0], (2,), FinishReason.STOP), *emits(both.sinks, 2)[1:]], EngineStats())
+    error = EngineDied("gone")
+    both.bridge.died(error)
+    both.settle()
+    assert all(sink.ids == [1, 2] for sink in both.sinks.values())
+    assert [len(both.sinks[name].failures) for name in names] == [0] + [1] * (SLICE + 9)
+    assert both.bridge.death is error
+    assert both.bridge.live == 0
+    with pytest.raises(Unavailable):
+        both.bridge.submit(GenRequest(both.bridge.next_id(), [1], 1), Sink())
+    both.close()
+
+
+def test_a_refused_request_has_no_sink() -> None:
+    both = Both(2, limit=2)
+    with pytest.raises(RateLimited):
+        both.bridge.submit(GenRequest(both.bridge.next_id(), [1], 1), Sink())
+    assert both.bridge.live == 2
+    both.close()
+
+
+def test_publishing_to_a_closed_loop_is_no_error(both: Both) -> None:
+    both.loop.close()
+    both.bridge.publish(emits(both.sinks, 1), EngineStats())
+    both.bridge.died(EngineDied("gone"))
+
+
+def test_stats_are_told_once_a_wake_up(both: Both) -> None:
+    seen: list[EngineStats] = []
+    both.bridge.on_stats = seen.append
+    both.bridge.publish([], EngineStats(steps_total=1))
+    both.bridge.publish([], EngineStats(steps_total=2))
+    both.settle()
+    assert [stats.steps_total for stats in seen] == [2]
+
+
+def test_merged_emits_add_up() -> None:
+    name, timing = RequestId(1), Timing(0, 1, 2, 3)
+    logprobs = [TokenLogprobs(-float(place), 1) for place in range(3)]
+    parts = [
+        Emit(name, (1,), logprobs=(logprobs[0],), cached_tokens=4),
+        Emit(name, (2,), logprobs=(logprobs[1],), cached_tokens=4),
+        Emit(name, (3,), FinishReason.STOP, 3, (logprobs[2],), 4, timing),
+    ]
+    assert merge(parts) == Emit(name, (1, 2, 3), FinishReason.STOP, 3, tuple(logprobs), 4, timing)
+    assert merge([Emit(name, (1,)), Emit(name, (), FinishReason.CANCELLED)]).logprobs is None
