@@ -1,0 +1,1 @@
+"""The OpenAI dialect over HTTP: requests checked, tokens turned into replies.  Event-loop thread only; no torch."""

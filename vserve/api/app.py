@@ -1,0 +1,229 @@
+"""App: what every route shares, from the first second (no model yet) to the last (draining).
+
+Owns the life cycle, the keys, the small thread pool for long texts, the open replies and the shared keep-alive timer.
+Knows nothing of sockets or of how a model computes.  Event-loop thread only, but for ``starting``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from vserve.api.access import Keys
+from vserve.api.defaults import Defaults
+from vserve.api.keepalive import KeepAlive
+from vserve.api.load import Usage
+from vserve.api.status import Lifecycle, Status
+from vserve.bridge import Bridge
+from vserve.errors import ApiError, NotFound, RateLimited, Unavailable, shorten
+from vserve.http.exchange import Exchange
+from vserve.observe.heartbeat import Heartbeat
+from vserve.text.template import ChatTemplate
+from vserve.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+TEXT_THREADS = 2
+START_RETRY_S = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the operator chose.  Times in seconds.
+
+    long_text_chars: texts longer than this are rendered and tokenised off the loop.
+    max_sequences: most choices of one request, over all its prompts.
+    """
+
+    version: str
+    api_keys: tuple[str, ...] = ()
+    strict: bool = False
+    keep_alive_s: float = 15.0
+    request_timeout_s: float | None = None
+    stall_timeout_s: float = 60.0
+    drain_retry_s: int = 5
+    max_queue: int = 1024
+    max_sequences: int = 1024
+    long_text_chars: int = 8192
+
+
+class Waiting(Protocol):
+    """The queue in front of the engine, as far as the gate looks at it."""
+
+    @property
+    def size(self) -> int:
+        """Requests that wait for the engine to start on them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What exists once the model is loaded.
+
+    names: what clients call it, the default first.  vocab_size: the width of its logits.  max_model_len: tokens of
+    prompt plus answer.
+    """
+
+    names: tuple[str, ...]
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    bridge: Bridge
+    waiting: Waiting
+    heartbeat: Heartbeat
+    max_model_len: int
+    vocab_size: int
+    generation_config: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A Model with what follows from it, worked out once."""
+
+    model: Model
+    defaults: Defaults
+    eos_ids: frozenset[int]
+    fingerprint: str
+    created_s: int
+
+    def name(self, asked: str | None) -> str:
+        """The served name a request means.  Raises NotFound that lists the valid ones."""
+        names = self.model.names
+        if not asked:
+            return names[0]
+        if asked not in names:
+            valid = ", ".join(names)
+            raise NotFound(f"The model `{shorten(asked)[1:-1]}` does not exist. Valid models: {valid}", param="model")
+        return asked
+
+
+class Ending(Protocol):
+    """A reply under way, as the shutdown sees it."""
+
+    def fail(self, error: ApiError) -> None:
+        """End now with this error."""
+
+
+class App:
+    """One server's shared state.  Made before the model; ``ready`` brings the model in."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.life = Lifecycle()
+        self.keys = Keys(options.api_keys)
+        self.keep_alive = KeepAlive(options.keep_alive_s)
+        self.usage = Usage()
+        self.replies: set[Ending] = set()
+        self._pool = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
+        self._served: Served | None = None
+
+    def starting(self, phase: str, share: float | None = None) -> None:
+        """Say what the start is busy with, and how much of it is done in [0, 1].  Any thread."""
+        self.life.report(phase, share)
+
+    def ready(self, model: Model) -> None:
+        """Start serving the model.  A server already told to drain stays so."""
+        self._served = Served(
+            model=model,
+            defaults=Defaults.of(model.generation_config),
+            eos_ids=model.tokenizer.eos_ids | _eos_ids(model.generation_config, model.vocab_size),
+            fingerprint="fp_" + hashlib.sha256(f"{self.options.version}/{model.names}".encode()).hexdigest()[:10],
+            created_s=int(time.time()),
+        )
+        model.bridge.on_stats = self.usage.observe
+        if self.life.status is Status.STARTING:
+            self.life.to(Status.READY)
+
+    def drain(self) -> None:
+        """Refuse new work from now on; replies under way go on.  Calling it again changes nothing."""
+        if self.life.can(Status.DRAINING):
+            self.life.to(Status.DRAINING)
+
+    def abort(self, error: ApiError) -> None:
+        """End every reply under way with error."""
+        for reply in list(self.replies):
+            reply.fail(error)
+
+    def stopped(self) -> None:
+        """The last reply is out: give the threads back."""
+        if self.life.can(Status.STOPPED):
+            self.life.to(Status.STOPPED)
+        self.keep_alive.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def status(self) -> Status:
+        """The status now; an engine that died since the last look is noticed here."""
+        if self._served is not None and self._served.model.bridge.death is not None and self.life.can(Status.DEAD):
+            self.life.to(Status.DEAD)
+        return self.life.status
+
+    @property
+    def served(self) -> Served:
+        """The model being served.  Raises Unavailable while there is none or none any more."""
+        error = self.unavailable()
+        if error is not None:
+            raise error
+        assert self._served is not None  # READY is reached through ready() only
+        return self._served
+
+    @property
+    def loaded(self) -> Served | None:
+        """The model, whatever the status; None until it is loaded."""
+        return self._served
+
+    def unavailable(self) -> Unavailable | None:
+        """Why no new work is taken, or None when it is."""
+        match self.status:
+            case Status.READY:
+                return None
+            case Status.STARTING:
+                share = self.life.stage.share
+                done = "" if share is None else f", {share:.0%} done"
+                return Unavailable(
+                    f"The server is starting ({self.life.phase}{done}); try again in a moment.",
+                    retry_after_s=START_RETRY_S,
+                    close=True,
+                )
+            case Status.DRAINING:
+                return Unavailable(
+                    "The server is shutting down and takes no new requests.",
+                    retry_after_s=self.options.drain_retry_s,
+                    close=True,
+                )
+            case Status.DEAD | Status.STOPPED:
+                return Unavailable("The engine has stopped; the server is shutting down.", close=True)
+
+    def overloaded(self) -> RateLimited | None:
+        """The 429 for a full queue, or None while there is room."""
+        if self._served is None:
+            return None
+        size, limit = self._served.model.waiting.size, self.options.max_queue
+        if size < limit:
+            return None
+        return RateLimited(
+            f"{size} requests are waiting, the limit is {limit}; try again later.", retry_after_s=self.retry_after_s()
+        )
+
+    def retry_after_s(self) -> int:
+        """Whole seconds until a full queue has probably drained, from the rate at which requests finished lately."""
+        waiting = self._served.model.waiting.size if self._served is not None else 0
+        return self.usage.seconds_to_finish(waiting)
+
+    async def off_loop(self, work: Callable[[], T]) -> T:
+        """Run work in the pool for long texts."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def salt(self, exchange: Exchange, asked: str | None) -> bytes:
+        """The prefix-cache salt of this request: the caller's own, then the one it asked for."""
+        own = self.keys.check(exchange.request.headers.get("authorization"))
+        return own if asked is None else own + asked.encode("utf-8", "surrogatepass")
+
+
+def _eos_ids(config: Mapping[str, object], vocab_size: int) -> frozenset[int]:
+    value = config.get("eos_token_id")
+    values = value if isinstance(value, list) else [value]
+    return frozenset(item for item in values if type(item) is int and 0 <= item < vocab_size)

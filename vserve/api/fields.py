@@ -1,0 +1,307 @@
+"""What one request field may hold: kinds with their bounds, and the row type of the field tables.
+
+Knows nothing of any endpoint.  A kind turns a JSON value into a checked Python value or raises BadRequest naming the
+field, the value and the limit; its attributes hold all there is to know, so that a schema can be written from them.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar, cast
+
+from vserve.api.body import kind_of
+from vserve.errors import ECHO_LIMIT, BadRequest, shorten
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Fate(enum.Enum):
+    """What becomes of a field that the client sent.
+
+    OBEYED: it does what its documentation says.  REFUSED: 400, except for values that ask for nothing.  IGNORED:
+    accepted without effect and listed in x-ignored-params, except for values that ask for nothing.
+    """
+
+    OBEYED = "obeyed"
+    REFUSED = "refused"
+    IGNORED = "ignored"
+
+
+class Kind(Protocol[T_co]):
+    """One type of value with its bounds."""
+
+    def check(self, value: object, path: str, vocab_size: int) -> T_co:
+        """value (never None) as T; BadRequest when it is not one.  path names the field in messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Field(Generic[T]):
+    """One row of a field table.  null from a client always means: not sent.
+
+    default: what stands in for a missing field (None where the model or the server decides).
+    harmless: values of a REFUSED or IGNORED field that ask for nothing and are taken without a word.
+    """
+
+    name: str
+    kind: Kind[T]
+    default: T
+    help: str
+    fate: Fate = Fate.OBEYED
+    harmless: tuple[object, ...] = ()
+    required: bool = False
+
+    def asks_nothing(self, value: object) -> bool:
+        """True for a harmless value; types must match too, as 0 == False in Python."""
+        return any(type(value) is type(known) and value == known for known in self.harmless)
+
+
+class Values:
+    """The fields of one request after the check."""
+
+    __slots__ = ("_found",)
+
+    def __init__(self, found: dict[str, object]) -> None:
+        self._found = found
+
+    def __getitem__(self, field: Field[T]) -> T:
+        if field.name in self._found:
+            return cast(T, self._found[field.name])  # put there by this field's own kind
+        return field.default
+
+    def given(self, field: Field[T]) -> bool:
+        """Whether the client sent the field (null does not count)."""
+        return field.name in self._found
+
+
+AnyField = Field[object]
+Table = dict[str, AnyField]
+
+
+def table(*rows: object) -> Table:
+    """Rows by name.  Raises ValueError for two rows of one name."""
+    made: Table = {}
+    for row in cast(Sequence[AnyField], rows):
+        if row.name in made:
+            raise ValueError(f"two rows for the field {row.name}")
+        made[row.name] = row
+    return made
+
+
+def read(body: dict[str, object], rows: Table, vocab_size: int, strict: bool) -> tuple[Values, tuple[str, ...]]:
+    """Check body against the table: its values, and the names that have no effect.
+
+    Raises BadRequest for a value out of bounds, a missing required field, a REFUSED field and, when strict, for a
+    name without effect.
+    """
+    found: dict[str, object] = {}
+    ignored: list[str] = []
+    for name, value in body.items():
+        field = rows.get(name)
+        if field is None:
+            ignored.append(name)
+        elif value is None:
+            continue
+        elif field.fate is Fate.OBEYED:
+            found[name] = field.kind.check(value, name, vocab_size)
+        elif not field.asks_nothing(value):
+            if field.fate is Fate.REFUSED:
+                raise BadRequest(f"`{name}` is not supported by this version of the server.", param=name)
+            ignored.append(name)
+    for field in rows.values():
+        if field.required and field.name not in found:
+            raise BadRequest(f"`{field.name}` is required.", param=field.name)
+    if strict and ignored:
+        raise without_effect(ignored[0])
+    return Values(found), tuple(ignored)
+
+
+def without_effect(name: str) -> BadRequest:
+    """What strict mode says of a field that would be listed in x-ignored-params."""
+    message = f"The field {shorten(name)} is unknown or has no effect here; this server refuses such fields (strict)."
+    return BadRequest(message, param=name[:ECHO_LIMIT])
+
+
+def show(value: object) -> str:
+    """A client's value as it stands in a message: short, whatever its size."""
+    return kind_of(value) if isinstance(value, dict | list) else shorten(value)
+
+
+def wrong(path: str, want: str, value: object) -> BadRequest:
+    """The error for a value that is not what the field takes."""
+    return BadRequest(f"`{path}` must be {want}, got {show(value)}.", param=path)
+
+
+@dataclass(frozen=True, slots=True)
+class Bool:
+    """true or false."""
+
+    def check(self, value: object, path: str, vocab_size: int) -> bool:
+        if value is True or value is False:
+            return value
+        raise wrong(path, "true or false", value)
+
+
+@dataclass(frozen=True, slots=True)
+class Int:
+    """A whole number in [low, high]; 5.0 and true are not whole numbers."""
+
+    low: int
+    high: int
+
+    def check(self, value: object, path: str, vocab_size: int) -> int:
+        if type(value) is int and self.low <= value <= self.high:
+            return value
+        raise wrong(path, f"an integer between {self.low} and {self.high}", value)
+
+
+@dataclass(frozen=True, slots=True)
+class Float:
+    """A finite number in [low, high], or (low, high] when above is set."""
+
+    low: float
+    high: float
+    above: bool = False
+
+    def check(self, value: object, path: str, vocab_size: int) -> float:
+        if (type(value) is float or type(value) is int) and math.isfinite(value):
+            number = float(value)
+            if self.low <= number <= self.high and not (self.above and number == self.low):
+                return number
+        bounds = f"above {self.low:g} and at most" if self.above else f"between {self.low:g} and"
+        raise wrong(path, f"a number {bounds} {self.high:g}", value)
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A string of at least min_length and at most max_length characters; visible: ASCII 0x21 to 0x7e only."""
+
+    max_length: int
+    min_length: int = 0
+    visible: bool = False
+
+    def check(self, value: object, path: str, vocab_size: int) -> str:
+        if type(value) is not str:
+            raise wrong(path, "a string", value)
+        if not self.min_length <= len(value) <= self.max_length:
+            raise BadRequest(
+                f"`{path}` must have between {self.min_length} and {self.max_length} characters, got {len(value)}.",
+                param=path,
+            )
+        if self.visible and not all("!" <= char <= "~" for char in value):
+            raise wrong(path, "visible ASCII characters", value)
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Stops:
+    """A stop string or a list of at most max_items of them, none empty."""
+
+    max_items: int
+    max_length: int
+
+    def check(self, value: object, path: str, vocab_size: int) -> tuple[str, ...]:
+        one = Text(self.max_length, 1)
+        if isinstance(value, list):
+            if len(value) > self.max_items:
+                raise BadRequest(f"`{path}` takes at most {self.max_items} strings, got {len(value)}.", param=path)
+            return tuple(one.check(item, f"{path}[{i}]", vocab_size) for i, item in enumerate(value))
+        if type(value) is str:
+            return (one.check(value, path, vocab_size),)
+        raise wrong(path, "a string or a list of strings", value)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """A list of token ids of the model, at most max_items."""
+
+    max_items: int
+
+    def check(self, value: object, path: str, vocab_size: int) -> list[int]:
+        if not isinstance(value, list):
+            raise wrong(path, "a list of token ids", value)
+        if len(value) > self.max_items:
+            raise BadRequest(f"`{path}` takes at most {self.max_items} token ids, got {len(value)}.", param=path)
+        # Types and bounds in three passes at C speed; the slow pass below only words the error.
+        if value and not (set(map(type, value)) == {int} and min(value) >= 0 and max(value) < vocab_size):
+            for i, item in enumerate(value):
+                Int(0, vocab_size - 1).check(item, f"{path}[{i}]", vocab_size)
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class LogitBias:
+    """An object from token id (as a string of digits) to a number in [-100, 100]."""
+
+    max_items: int
+
+    def check(self, value: object, path: str, vocab_size: int) -> tuple[tuple[int, float], ...]:
+        if not isinstance(value, dict):
+            raise wrong(path, "an object of token ids and numbers", value)
+        if len(value) > self.max_items:
+            raise BadRequest(f"`{path}` takes at most {self.max_items} entries, got {len(value)}.", param=path)
+        pairs: dict[int, float] = {}
+        for key, bias in value.items():
+            # 12 digits keep int() away from 10^5-digit keys; isascii keeps it away from other scripts' digits.
+            if not (key.isascii() and key.isdigit() and len(key) <= 12 and int(key) < vocab_size):
+                raise BadRequest(
+                    f"`{path}` has the key {shorten(key)}, which is not a token id below {vocab_size}.", param=path
+                )
+            pairs[int(key)] = Float(-100, 100).check(bias, f"{path}.{key}", vocab_size)
+        return tuple(pairs.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Object:
+    """A JSON object, taken as it is, with at most max_items keys, none of them reserved."""
+
+    max_items: int
+    reserved: frozenset[str] = frozenset()
+
+    def check(self, value: object, path: str, vocab_size: int) -> dict[str, object]:
+        if not isinstance(value, dict):
+            raise wrong(path, "an object", value)
+        if len(value) > self.max_items:
+            raise BadRequest(f"`{path}` takes at most {self.max_items} keys, got {len(value)}.", param=path)
+        for key in value:
+            if key in self.reserved:
+                raise BadRequest(f"`{path}` may not set {shorten(key)}.", param=path)
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Objects:
+    """A list of at most max_items JSON objects, taken as they are."""
+
+    max_items: int
+
+    def check(self, value: object, path: str, vocab_size: int) -> tuple[dict[str, object], ...]:
+        if not isinstance(value, list):
+            raise wrong(path, "a list of objects", value)
+        if len(value) > self.max_items:
+            raise BadRequest(f"`{path}` takes at most {self.max_items} items, got {len(value)}.", param=path)
+        for i, item in enumerate(value):
+            if not isinstance(item, dict):
+                raise wrong(f"{path}[{i}]", "an object", item)
+        return tuple(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Anything:
+    """Any value: the kind of fields that are refused or ignored."""
+
+    def check(self, value: object, path: str, vocab_size: int) -> None:
+        return None
+
+
+def refused(name: str, help: str, harmless: tuple[object, ...] = ()) -> Field[None]:
+    """A row for a field that this version does not serve."""
+    return Field(name, Anything(), None, help, Fate.REFUSED, harmless)
+
+
+def ignored(name: str, help: str, harmless: tuple[object, ...] = ()) -> Field[None]:
+    """A row for a field that is taken without effect."""
+    return Field(name, Anything(), None, help, Fate.IGNORED, harmless)

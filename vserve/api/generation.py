@@ -1,0 +1,217 @@
+"""From a checked request and its prompts to a reply under way: names, limits, deadlines, ids, submission.
+
+What chat and completions share between schema and reply.  Event-loop thread only.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from vserve.api.app import App, Served
+from vserve.api.choice import Choice, Reading
+from vserve.api.reply import Dialect, Headers, Reply, WholeReply
+from vserve.api.requests import Wanted
+from vserve.api.shapes import Head
+from vserve.api.stream import StreamReply
+from vserve.engine.request import GenRequest
+from vserve.errors import BadRequest, DeadlineExceeded, shorten
+from vserve.http.exchange import Exchange, Response
+
+IGNORED_LIMIT = 16
+"""Most names listed in x-ignored-params."""
+
+TIMEOUT_HEADER = "x-request-timeout"
+_DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)(ms|s)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt to go on from.
+
+    path: the field it came from, for messages.  lead: text that goes out before the first token (echo), mostly empty.
+    """
+
+    ids: Sequence[int]
+    path: str
+    lead: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """All that decides how prompts are generated from.
+
+    default_max_tokens: where the request does not say; None is what is left of the context.
+    continuation: the answer goes on with the prompt's own text.
+    """
+
+    wanted: Wanted
+    prompts: Sequence[Prompt]
+    default_max_tokens: int | None
+    continuation: bool
+
+
+def deadline(app: App, exchange: Exchange, timeout_ms: int | None) -> float | None:
+    """time.monotonic() seconds at which the request ends: the earliest of what body, header and operator say.
+
+    Raises BadRequest for a header that is not a duration.
+    """
+    spans: list[float] = []
+    if timeout_ms is not None:
+        spans.append(timeout_ms / 1000)
+    header = exchange.head.headers.get(TIMEOUT_HEADER)
+    if header is not None:
+        spans.append(_seconds(header))
+    if app.options.request_timeout_s is not None:
+        spans.append(app.options.request_timeout_s)
+    return exchange.received_s + min(spans) if spans else None
+
+
+def _seconds(text: str) -> float:
+    match = _DURATION.fullmatch(text.strip())
+    seconds = 0.0
+    if match is not None:
+        seconds = float(match[1]) / (1000 if match[2] == "ms" else 1)
+    if not 0.001 <= seconds <= 86400:
+        raise BadRequest(
+            f"The header X-Request-Timeout must be a time such as 30, 2.5s or 500ms, at most 86400 s, "
+            f"got {shorten(text)}.",
+            param=TIMEOUT_HEADER,
+        )
+    return seconds
+
+
+def ignored_header(names: Sequence[str]) -> Headers:
+    """x-ignored-params for the fields without effect: bounded, and only characters a header can carry."""
+    if not names:
+        return ()
+    shown = [re.sub(r"[^\w.\[\]-]", "?", name[:64], flags=re.ASCII) for name in names[:IGNORED_LIMIT]]
+    if len(names) > IGNORED_LIMIT:
+        shown.append(f"and {len(names) - IGNORED_LIMIT} more")
+    return (("x-ignored-params", ", ".join(shown)),)
+
+
+def reply_head(served: Served, exchange: Exchange, wanted: Wanted, prefix: str) -> Head:
+    """Id, time and model of a reply.  The client's own request id is part of the id, and no key to anything."""
+    return Head(
+        id=prefix + (wanted.request_id or exchange.id.removeprefix("req-")),
+        created_s=int(time.time()),
+        model=served.name(wanted.model),
+        fingerprint=served.fingerprint,
+    )
+
+
+async def generate(app: App, served: Served, exchange: Exchange, order: Order, dialect: Dialect) -> Response | None:
+    """Generate all choices and answer the exchange.  Raises ApiError while nothing has been sent."""
+    wanted = order.wanted
+    choices = _choices(app, served, exchange, order)
+    if exchange.gone:
+        return None
+    kind = StreamReply if wanted.stream else WholeReply
+    reply: Reply = kind(app, served.model.bridge, exchange, dialect, choices, ignored_header(wanted.ignored))
+    return await reply.run()
+
+
+def _choices(app: App, served: Served, exchange: Exchange, order: Order) -> list[Choice]:
+    """Prompt by prompt, n choices each.  Raises BadRequest for what does not fit, DeadlineExceeded when too late."""
+    wanted, model = order.wanted, served.model
+    total = len(order.prompts) * wanted.n
+    if total > app.options.max_sequences:
+        raise BadRequest(
+            f"{len(order.prompts)} prompts with n={wanted.n} make {total} choices, "
+            f"the limit is {app.options.max_sequences}.",
+            param="n",
+        )
+    now = time.monotonic()
+    deadline_s = deadline(app, exchange, wanted.timeout_ms)
+    if deadline_s is not None and deadline_s <= now:
+        raise DeadlineExceeded("The request's deadline passed before it could be started.")
+    eos_ids = frozenset() if wanted.ignore_eos else served.eos_ids
+    reading = _reading(served, order, eos_ids)
+    sampling = served.defaults.sampling(wanted.drawing, wanted.logprobs, model.vocab_size)
+    # seed + i: the choices of one prompt differ, and each can be had again.  63 bits: what every back end can hold.
+    draws = [
+        sampling if sampling.seed is None else replace(sampling, seed=(sampling.seed + i) & (2**63 - 1))
+        for i in range(wanted.n)
+    ]
+    stop_ids = eos_ids.union(wanted.stop_token_ids)
+    salt = app.salt(exchange, wanted.cache_salt)
+    choices: list[Choice] = []
+    for prompt in order.prompts:
+        ids, max_tokens = fit(prompt, order, model.max_model_len)
+        for i, draw in enumerate(draws):
+            request = None
+            if max_tokens:
+                request = GenRequest(
+                    id=model.bridge.next_id(),
+                    prompt=ids,
+                    max_tokens=max_tokens,
+                    sampling=draw,
+                    min_tokens=wanted.min_tokens,
+                    stop_ids=stop_ids,
+                    cache_salt=salt,
+                    priority=wanted.priority,
+                    arrival_s=exchange.received_s,
+                    deadline_s=deadline_s,
+                )
+            choices.append(Choice(len(choices), i == 0, ids, request, reading, prompt.lead))
+    return choices
+
+
+def _reading(served: Served, order: Order, eos_ids: frozenset[int]) -> Reading:
+    wanted = order.wanted
+    return Reading(
+        tokenizer=served.model.tokenizer,
+        skip_special=wanted.skip_special,
+        continuation=order.continuation,
+        stops=wanted.stop,
+        include_stop=wanted.include_stop,
+        min_tokens=wanted.min_tokens,
+        eos_ids=eos_ids,
+        keep_ids=wanted.return_token_ids,
+        keep_logprobs=wanted.logprobs is not None,
+        count_chunks=wanted.stream_options.continuous_usage_stats,
+    )
+
+
+def fit(prompt: Prompt, order: Order, context: int) -> tuple[Sequence[int], int]:
+    """The prompt, cut if that was asked for, and the most tokens it may be followed by.
+
+    Raises BadRequest with all numbers when they do not fit into context tokens.
+    """
+    wanted, ids = order.wanted, prompt.ids
+    if wanted.truncate is not None:
+        if wanted.truncate > context:
+            raise BadRequest(
+                f"`truncate_prompt_tokens` is {wanted.truncate}, the context has {context} tokens.",
+                param="truncate_prompt_tokens",
+            )
+        keep = wanted.truncate if wanted.truncate > 0 else max(1, context - (wanted.max_tokens or 1))
+        ids = ids[-keep:]
+    length = len(ids)
+    if length == 0:
+        raise BadRequest(f"`{prompt.path}` is empty: it has no tokens.", param=prompt.path)
+    left = context - length
+    if left < 0 or (left == 0 and wanted.max_tokens != 0):
+        raise BadRequest(
+            f"`{prompt.path}` has {length} tokens, which leaves no room for an answer: the context has {context} "
+            "tokens for both.",
+            param=prompt.path,
+        )
+    max_tokens = wanted.max_tokens
+    if max_tokens is None:
+        max_tokens = left if order.default_max_tokens is None else min(left, order.default_max_tokens)
+    elif max_tokens > left:
+        raise BadRequest(
+            f"`{wanted.max_tokens_field}` is {max_tokens}, but a prompt of {length} tokens leaves {left} of the "
+            f"context's {context}.",
+            param=wanted.max_tokens_field,
+        )
+    if wanted.min_tokens > max_tokens:
+        raise BadRequest(
+            f"`min_tokens` is {wanted.min_tokens}, more than the {max_tokens} tokens the answer may have.",
+            param="min_tokens",
+        )
+    return ids, max_tokens

@@ -1,0 +1,118 @@
+"""Probes and figures for operators: ping, health, readiness, version, load.
+
+Every handler answers within data_received; none waits for anything.  Event-loop thread only.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+
+import orjson
+
+from vserve.api.app import App
+from vserve.api.status import Status
+from vserve.http.exchange import Exchange, Response
+
+PONG = Response(200)
+_RANGE = re.compile(r"\s*([^;,\s]+)\s*((?:;[^,]*)?)")
+_WEIGHT = re.compile(r";\s*q\s*=\s*([01](?:\.\d{0,3})?)")
+
+
+class Ops:
+    """The endpoints."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._version_json = Response(200, orjson.dumps({"version": app.options.version}))
+        self._version_text = Response(200, app.options.version.encode(), "text/plain; charset=utf-8")
+
+    def ping(self, exchange: Exchange) -> Response:
+        """The event loop turns: that is all it says."""
+        return PONG
+
+    def version(self, exchange: Exchange) -> Response:
+        """As JSON, or bare when the client prefers plain text."""
+        plain = prefers_plain(exchange.head.headers.get("accept"))
+        return self._version_text if plain else self._version_json
+
+    def health(self, exchange: Exchange) -> Response:
+        """200 when new work would be taken and the engine shows signs of life."""
+        return self._report(self._well() and self._app.status is Status.READY)
+
+    def ready(self, exchange: Exchange) -> Response:
+        """The same as health: traffic may be sent here."""
+        return self.health(exchange)
+
+    def live(self, exchange: Exchange) -> Response:
+        """503 only when a restart would help: the engine has died or hangs.  Starting and draining are alive."""
+        return self._report(self._well())
+
+    def startup(self, exchange: Exchange) -> Response:
+        """200 once the start is over, whatever came after."""
+        return self._report(self._app.status not in (Status.STARTING, Status.DEAD))
+
+    def load(self, exchange: Exchange) -> Response:
+        """How much there is to do and how busy the engine has been."""
+        app = self._app
+        served = app.loaded
+        figures: dict[str, object] = {
+            "server_load": len(app.replies),
+            "queue_size": 0,
+            "active_workers": 0,
+            "gpu_utilization": round(app.usage.utilization(), 4),
+        }
+        if served is not None:
+            stats = served.model.bridge.stats
+            figures["queue_size"] = served.model.waiting.size
+            figures["active_workers"] = int(self._well())
+            figures["running"] = stats.running
+            figures["waiting"] = stats.waiting
+            figures["kv_cache_usage"] = round(stats.cache_usage, 4)
+            figures["kv_blocks_held"] = stats.total_blocks - stats.free_blocks - stats.cached_blocks
+            figures["kv_blocks_total"] = stats.total_blocks
+        return Response(200, orjson.dumps(figures))
+
+    def _well(self) -> bool:
+        """Whether the engine, if it is there already, is alive and not stuck in a step."""
+        app = self._app
+        if app.status in (Status.DEAD, Status.STOPPED):
+            return False
+        served = app.loaded
+        if served is None:
+            return True
+        bound_s = app.options.stall_timeout_s
+        return served.model.heartbeat.verdict(time.monotonic(), stall_bound_s=bound_s).healthy
+
+    def _report(self, good: bool) -> Response:
+        app = self._app
+        status, served = app.status, app.loaded
+        fields: dict[str, object] = {"status": "ok" if good else "unavailable", "phase": app.life.phase}
+        if status is Status.STARTING:
+            share = app.life.stage.share
+            fields["progress"] = None if share is None else round(share, 4)
+        if served is not None:
+            stats = served.model.bridge.stats
+            bound_s = app.options.stall_timeout_s
+            verdict = served.model.heartbeat.verdict(time.monotonic(), stall_bound_s=bound_s)
+            fields["heartbeat_age_s"] = round(verdict.age_s, 3)
+            fields["reason"] = verdict.reason
+            fields["running"] = stats.running
+            fields["waiting"] = served.model.waiting.size
+        return Response(200 if good else 503, orjson.dumps(fields), headers=() if good else _RETRY)
+
+
+_RETRY = (("retry-after", "1"),)
+
+
+def prefers_plain(accept: str | None) -> bool:
+    """Whether an Accept header weighs text/plain above application/json (RFC 9110 12.5.1)."""
+    if accept is None:
+        return False
+    weights: dict[str, float] = {}
+    for kind, parameters in _RANGE.findall(accept[:1024]):
+        weight = _WEIGHT.search(parameters)
+        weights[kind.lower()] = float(weight[1]) if weight else 1.0
+    rest = weights.get("*/*", 0.0)
+    plain = weights.get("text/plain", weights.get("text/*", rest))
+    return plain > weights.get("application/json", weights.get("application/*", rest))

@@ -1,0 +1,159 @@
+"""The two kinds of field that carry what the model reads: prompts and chat messages.
+
+Knows the shapes clients send, nothing of tokenizers or templates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vserve.api.fields import Text, TokenIds, wrong
+from vserve.errors import BadRequest, shorten
+
+Prompt = str | list[int]
+"""One prompt: text, or checked token ids."""
+
+Message = dict[str, object]
+"""One chat message: role and content are always there; content is a string, a list of text parts, or None."""
+
+PROMPT_LIMIT = 1024
+MESSAGE_LIMIT = 4096
+PROMPT_TOKEN_LIMIT = 2**20
+
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """A string, a list of strings, a list of token ids, or a list of lists of token ids."""
+
+    max_items: int = PROMPT_LIMIT
+
+    def check(self, value: object, path: str, vocab_size: int) -> tuple[Prompt, ...]:
+        if type(value) is str:
+            return (value,)
+        if not isinstance(value, list):
+            raise wrong(path, "a string, a list of strings, a list of token ids or a list of such lists", value)
+        if not value:
+            raise BadRequest(f"`{path}` is an empty list; give at least one prompt.", param=path)
+        if type(value[0]) is str or isinstance(value[0], list):
+            if len(value) > self.max_items:
+                raise BadRequest(f"`{path}` takes at most {self.max_items} prompts, got {len(value)}.", param=path)
+            return tuple(_prompt(item, f"{path}[{i}]", type(value[0]), vocab_size) for i, item in enumerate(value))
+        return (TokenIds(PROMPT_TOKEN_LIMIT).check(value, path, vocab_size),)
+
+
+def _prompt(item: object, path: str, kind: type, vocab_size: int) -> Prompt:
+    if type(item) is not kind:
+        raise wrong(path, "a string" if kind is str else "a list of token ids", item)
+    if isinstance(item, str):
+        return item
+    if not item:
+        raise BadRequest(f"`{path}` is an empty list; a prompt needs at least one token.", param=path)
+    return TokenIds(PROMPT_TOKEN_LIMIT).check(item, path, vocab_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """A string or a list of strings; a list stays a list."""
+
+    max_items: int = PROMPT_LIMIT
+
+    def check(self, value: object, path: str, vocab_size: int) -> str | tuple[str, ...]:
+        if type(value) is str:
+            return value
+        if not isinstance(value, list):
+            raise wrong(path, "a string or a list of strings", value)
+        if len(value) > self.max_items:
+            raise BadRequest(f"`{path}` takes at most {self.max_items} texts, got {len(value)}.", param=path)
+        texts: list[str] = []
+        for i, item in enumerate(value):
+            if type(item) is not str:
+                raise wrong(f"{path}[{i}]", "a string", item)
+            texts.append(item)
+        return tuple(texts)
+
+
+@dataclass(frozen=True, slots=True)
+class Messages:
+    """A conversation: objects with a role and text content; further keys reach the template as they are."""
+
+    max_items: int = MESSAGE_LIMIT
+
+    def check(self, value: object, path: str, vocab_size: int) -> tuple[Message, ...]:
+        if not isinstance(value, list):
+            raise wrong(path, "a list of messages", value)
+        if not value:
+            raise BadRequest(f"`{path}` is empty; give at least one message.", param=path)
+        if len(value) > self.max_items:
+            raise BadRequest(f"`{path}` takes at most {self.max_items} messages, got {len(value)}.", param=path)
+        return tuple(_message(item, f"{path}[{i}]") for i, item in enumerate(value))
+
+
+_ROLE = Text(64, 1)
+
+
+def _message(item: object, path: str) -> Message:
+    if not isinstance(item, dict):
+        raise wrong(path, "an object with role and content", item)
+    if "role" not in item:
+        raise BadRequest(f"`{path}.role` is required.", param=f"{path}.role")
+    message: Message = dict(item)
+    message["role"] = _ROLE.check(item["role"], f"{path}.role", 0)
+    calls = item.get("tool_calls")
+    if calls is None:
+        message.pop("tool_calls", None)
+    else:
+        _check_tool_calls(calls, f"{path}.tool_calls")
+    content = item.get("content")
+    if content is None:
+        if message["role"] != "assistant":
+            raise BadRequest(f"`{path}.content` is required.", param=f"{path}.content")
+        message["content"] = None if calls else ""
+    else:
+        message["content"] = _content(content, f"{path}.content")
+    return message
+
+
+def text_of(message: Message) -> str:
+    """The content of a checked message as one string."""
+    content = message["content"]
+    if isinstance(content, list):
+        return "\n".join(part["text"] for part in content)
+    return content if isinstance(content, str) else ""
+
+
+def _content(value: object, path: str) -> str | list[dict[str, str]]:
+    """A string as it is, or a list of parts ``{"type": "text", "text"}`` for the template to join or to keep."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise wrong(path, "a string or a list of content parts", value)
+    return [{"type": "text", "text": _part(part, f"{path}[{i}]")} for i, part in enumerate(value)]
+
+
+def _part(part: object, path: str) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise wrong(path, "a content part", part)
+    kind = part.get("type", "text")
+    key = _TEXT_PARTS.get(kind) if isinstance(kind, str) else None
+    if key is None:
+        raise BadRequest(
+            f"`{path}.type` is {shorten(kind)}, which this model cannot read; it takes parts of type text only.",
+            param=f"{path}.type",
+        )
+    text = part.get(key)
+    if not isinstance(text, str):
+        raise wrong(f"{path}.{key}", "a string", text)
+    return text
+
+
+def _check_tool_calls(value: object, path: str) -> None:
+    """Earlier calls of the conversation; the template prints them."""
+    if not isinstance(value, list):
+        raise wrong(path, "a list of tool calls", value)
+    for i, call in enumerate(value):
+        if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
+            raise wrong(f"{path}[{i}]", "an object with a function", call)

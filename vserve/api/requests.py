@@ -1,0 +1,242 @@
+"""Checked requests: a body and a field table in, a frozen request or BadRequest out.  Pure.
+
+Owns the rules that join several fields; what one field may hold is its row's (schema.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vserve.api import schema as row
+from vserve.api.fields import Field, Table, Values, read, without_effect
+from vserve.api.prompts import Message, Prompt
+from vserve.api.schema import StreamOptions
+from vserve.errors import BadRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """How tokens are to be drawn, as asked; None leaves it to the model's defaults."""
+
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]
+    seed: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What chat and completions have in common.
+
+    max_tokens None: the endpoint's default; max_tokens_field: the name it came under.  logprobs: None is off, k >= 0
+    adds the k most likely tokens.
+    ignored: field names without effect, for x-ignored-params.
+    """
+
+    model: str | None
+    n: int
+    stream: bool
+    stream_options: StreamOptions
+    max_tokens: int | None
+    max_tokens_field: str
+    min_tokens: int
+    drawing: Drawing
+    stop: tuple[str, ...]
+    stop_token_ids: Sequence[int]
+    include_stop: bool
+    ignore_eos: bool
+    skip_special: bool
+    logprobs: int | None
+    truncate: int | None
+    priority: int
+    cache_salt: str | None
+    timeout_ms: int | None
+    request_id: str | None
+    return_token_ids: bool
+    tokens_as_ids: bool
+    ignored: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages and how the template is to render them."""
+
+    messages: tuple[Message, ...]
+    add_generation_prompt: bool
+    continue_final_message: bool
+    add_special: bool
+    documents: tuple[dict[str, object], ...]
+    tools: tuple[dict[str, object], ...]
+    template_kwargs: dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """A checked body of /v1/chat/completions."""
+
+    wanted: Wanted
+    conversation: Conversation
+    echo: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """A checked body of /v1/completions."""
+
+    wanted: Wanted
+    prompts: tuple[Prompt, ...]
+    echo: bool
+    add_special: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizeRequest:
+    """A checked body of /tokenize: exactly one of texts (a tuple came as a list) and conversation is set."""
+
+    model: str | None
+    texts: str | tuple[str, ...] | None
+    add_special: bool
+    conversation: Conversation | None
+    token_strs: bool
+    ignored: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DetokenizeRequest:
+    """A checked body of /detokenize."""
+
+    model: str | None
+    tokens: list[int]
+    skip_special: bool
+    ignored: tuple[str, ...]
+
+
+def parse_chat(body: dict[str, object], vocab_size: int, strict: bool = False) -> ChatRequest:
+    """body as a ChatRequest.  Raises BadRequest."""
+    values, unknown = _read(body, row.CHAT, vocab_size, strict)
+    if values[row.TOP_LOGPROBS] and not values[row.LOGPROBS]:
+        raise BadRequest("`top_logprobs` needs `logprobs` to be true.", param="top_logprobs")
+    limit = row.MAX_TOKENS if values[row.MAX_COMPLETION_TOKENS] is None else row.MAX_COMPLETION_TOKENS
+    wanted = _wanted(values, unknown, limit, logprobs=values[row.TOP_LOGPROBS] if values[row.LOGPROBS] else None)
+    return ChatRequest(
+        wanted, _conversation(values, values[row.MESSAGES], values[row.ADD_SPECIAL_CHAT], ()), values[row.ECHO]
+    )
+
+
+def parse_completion(body: dict[str, object], vocab_size: int, strict: bool = False) -> CompletionRequest:
+    """body as a CompletionRequest.  Raises BadRequest."""
+    values, unknown = _read(body, row.COMPLETIONS, vocab_size, strict)
+    best_of, n, echo = values[row.BEST_OF], values[row.N], values[row.ECHO]
+    if best_of is not None and best_of != n:
+        raise BadRequest(f"`best_of` must equal `n` ({n}) or be left out, got {best_of}.", param="best_of")
+    if values[row.MAX_TOKENS_OR_0] == 0 and not echo:
+        raise BadRequest("`max_tokens` must be at least 1 unless `echo` is true, got 0.", param="max_tokens")
+    if echo and values[row.LOGPROBS_COUNT] is not None:
+        raise BadRequest("`echo` with `logprobs` is not supported by this version of the server.", param="logprobs")
+    wanted = _wanted(values, unknown, row.MAX_TOKENS_OR_0, logprobs=values[row.LOGPROBS_COUNT])
+    return CompletionRequest(wanted, values[row.PROMPT], echo, values[row.ADD_SPECIAL])
+
+
+def parse_tokenize(body: dict[str, object], vocab_size: int, strict: bool = False) -> TokenizeRequest:
+    """body as a TokenizeRequest.  Raises BadRequest."""
+    values, unknown = _read(body, row.TOKENIZE, vocab_size, strict)
+    text, prompt, messages = values[row.TEXT], values[row.TEXT_PROMPT], values[row.TOKENIZE_MESSAGES]
+    given = [name for name, value in (("prompt", prompt), ("text", text), ("messages", messages)) if value is not None]
+    if len(given) != 1:
+        said = " and ".join(f"`{name}`" for name in given) if given else "none of them"
+        raise BadRequest(
+            f"Give one of `prompt`, `text` and `messages`, got {said}.", param=given[-1] if given else None
+        )
+    special = values[row.ADD_SPECIAL_ANY]
+    conversation = None
+    if messages is not None:
+        conversation = _conversation(values, messages, bool(special), values[row.TOOLS])
+    texts = prompt if prompt is not None else text
+    return TokenizeRequest(
+        values[row.MODEL], texts, special is not False, conversation, values[row.TOKEN_STRS], unknown
+    )
+
+
+def parse_detokenize(body: dict[str, object], vocab_size: int, strict: bool = False) -> DetokenizeRequest:
+    """body as a DetokenizeRequest.  Raises BadRequest."""
+    values, unknown = _read(body, row.DETOKENIZE, vocab_size, strict)
+    tokens, other = values[row.TOKENS], values[row.TOKEN_IDS]
+    if tokens is None and other is None:
+        raise BadRequest("`tokens` (or `token_ids`) is required.", param="tokens")
+    if tokens is not None and other is not None:
+        raise BadRequest("Give one of `tokens` and `token_ids`, got both.", param="token_ids")
+    return DetokenizeRequest(values[row.MODEL], tokens or other or [], values[row.KEEP_SPECIAL], unknown)
+
+
+def _read(body: dict[str, object], rows: Table, vocab_size: int, strict: bool) -> tuple[Values, tuple[str, ...]]:
+    values, unknown = read(body, rows, vocab_size, strict)
+    options = values[row.STREAM_OPTIONS]
+    if options is not None and options.ignored:
+        if strict:
+            raise without_effect(options.ignored[0])
+        unknown += options.ignored
+    return values, unknown
+
+
+def _wanted(values: Values, unknown: tuple[str, ...], limit: Field[int | None], *, logprobs: int | None) -> Wanted:
+    options = values[row.STREAM_OPTIONS]
+    if options is not None and not values[row.STREAM]:
+        raise BadRequest("`stream_options` is allowed only when `stream` is true.", param="stream_options")
+    if values[row.TRUNCATE] == 0:
+        raise BadRequest("`truncate_prompt_tokens` must be -1 or at least 1, got 0.", param="truncate_prompt_tokens")
+    drawing = Drawing(
+        temperature=values[row.TEMPERATURE],
+        top_p=values[row.TOP_P],
+        top_k=values[row.TOP_K],
+        min_p=values[row.MIN_P],
+        repetition_penalty=values[row.REPETITION],
+        presence_penalty=values[row.PRESENCE],
+        frequency_penalty=values[row.FREQUENCY],
+        logit_bias=values[row.LOGIT_BIAS],
+        seed=None if values[row.SEED] == -1 else values[row.SEED],
+    )
+    return Wanted(
+        model=values[row.MODEL],
+        n=values[row.N],
+        stream=values[row.STREAM],
+        stream_options=options or StreamOptions(),
+        max_tokens=values[limit],
+        max_tokens_field=limit.name,
+        min_tokens=values[row.MIN_TOKENS],
+        drawing=drawing,
+        stop=values[row.STOP],
+        stop_token_ids=values[row.STOP_TOKEN_IDS],
+        include_stop=values[row.INCLUDE_STOP],
+        ignore_eos=values[row.IGNORE_EOS],
+        skip_special=values[row.SKIP_SPECIAL],
+        logprobs=logprobs,
+        truncate=values[row.TRUNCATE],
+        priority=values[row.PRIORITY],
+        cache_salt=values[row.CACHE_SALT],
+        timeout_ms=values[row.TIMEOUT_MS],
+        request_id=values[row.REQUEST_ID],
+        return_token_ids=values[row.RETURN_TOKEN_IDS],
+        tokens_as_ids=values[row.TOKENS_AS_IDS],
+        ignored=unknown,
+    )
+
+
+def _conversation(
+    values: Values, messages: tuple[Message, ...], add_special: bool, tools: tuple[dict[str, object], ...]
+) -> Conversation:
+    open_last, add_turn = values[row.CONTINUE_FINAL], values[row.ADD_GENERATION_PROMPT]
+    if open_last and not values.given(row.ADD_GENERATION_PROMPT):
+        add_turn = False
+    if open_last and add_turn:
+        raise BadRequest(
+            "`continue_final_message` and `add_generation_prompt` cannot both be true.", param="continue_final_message"
+        )
+    return Conversation(
+        messages, add_turn, open_last, add_special, values[row.DOCUMENTS], tools, values[row.TEMPLATE_KWARGS]
+    )

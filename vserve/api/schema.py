@@ -1,0 +1,234 @@
+"""The field tables of the generation and token endpoints: name, kind, bounds, default, meaning, fate.
+
+Every field of the OpenAI and vLLM request schemas has its row: obeyed, refused with 400, or reported as ignored.  What
+a request is made of is requests.py's; bounds that need a prompt's length are checked in generation.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vserve.api.fields import (
+    Bool,
+    Field,
+    Float,
+    Int,
+    LogitBias,
+    Object,
+    Objects,
+    Stops,
+    Text,
+    TokenIds,
+    ignored,
+    read,
+    refused,
+    table,
+)
+from vserve.api.prompts import PROMPT_TOKEN_LIMIT, Message, Messages, Prompt, Prompts, Texts
+from vserve.errors import BadRequest
+
+MAX_LOGPROBS = 20
+_INT32 = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class StreamOptions:
+    """What a stream says beside the text.  ignored: option names without effect."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    ignored: tuple[str, ...] = ()
+
+
+INCLUDE_USAGE: Field[bool] = Field("include_usage", Bool(), False, "one last chunk with the token counts")
+CONTINUOUS_USAGE: Field[bool] = Field("continuous_usage_stats", Bool(), False, "token counts in every chunk")
+STREAM_OPTION_ROWS = table(INCLUDE_USAGE, CONTINUOUS_USAGE)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamOptionsKind:
+    """An object with include_usage and continuous_usage_stats."""
+
+    def check(self, value: object, path: str, vocab_size: int) -> StreamOptions:
+        body = Object(16).check(value, path, vocab_size)
+        try:
+            values, unknown = read(body, STREAM_OPTION_ROWS, vocab_size, strict=False)
+        except BadRequest as error:
+            raise BadRequest(f"`{path}`: {error.message}", param=f"{path}.{error.param}") from None
+        return StreamOptions(
+            values[INCLUDE_USAGE], values[CONTINUOUS_USAGE], tuple(f"{path}.{name}" for name in unknown)
+        )
+
+
+# Rows that chat and completions share.
+MODEL: Field[str | None] = Field("model", Text(512), None, "served model; missing, null or empty: the default one")
+N: Field[int] = Field("n", Int(1, 128), 1, "choices for each prompt")
+STREAM: Field[bool] = Field("stream", Bool(), False, "send the answer as server-sent events")
+STREAM_OPTIONS: Field[StreamOptions | None] = Field(
+    "stream_options", StreamOptionsKind(), None, "what a stream says beside the text; only with stream"
+)
+MAX_TOKENS: Field[int | None] = Field(
+    "max_tokens", Int(1, _INT32), None, "most tokens of one choice; chat: what is left of the context by default"
+)
+MIN_TOKENS: Field[int] = Field(
+    "min_tokens", Int(0, _INT32), 0, "tokens before anything but max_tokens can end a choice"
+)
+TEMPERATURE: Field[float | None] = Field("temperature", Float(0, 2), None, "0 is greedy; model's own default, else 1")
+TOP_P: Field[float | None] = Field("top_p", Float(0, 1, above=True), None, "smallest set of tokens with this mass")
+TOP_K: Field[int | None] = Field("top_k", Int(-1, _INT32), None, "draw from the k most likely; 0 and -1: all")
+MIN_P: Field[float | None] = Field("min_p", Float(0, 1), None, "least probability relative to the most likely token")
+REPETITION: Field[float | None] = Field(
+    "repetition_penalty", Float(0, 100, above=True), None, "divides logits of tokens seen in prompt or answer; 1 is off"
+)
+PRESENCE: Field[float] = Field("presence_penalty", Float(-2, 2), 0.0, "subtracted once from tokens already drawn")
+FREQUENCY: Field[float] = Field("frequency_penalty", Float(-2, 2), 0.0, "subtracted for each time a token was drawn")
+LOGIT_BIAS: Field[tuple[tuple[int, float], ...]] = Field(
+    "logit_bias", LogitBias(1024), (), "added to the logits of these token ids"
+)
+SEED: Field[int | None] = Field(
+    "seed", Int(-(2**63), 2**63 - 1), None, "same seed, same text; choice i draws with seed + i; -1: a fresh one"
+)
+STOP: Field[tuple[str, ...]] = Field("stop", Stops(64, 1024), (), "strings that end a choice")
+STOP_TOKEN_IDS: Field[Sequence[int]] = Field("stop_token_ids", TokenIds(1024), (), "token ids that end a choice")
+INCLUDE_STOP: Field[bool] = Field("include_stop_str_in_output", Bool(), False, "leave the stop string in the text")
+IGNORE_EOS: Field[bool] = Field("ignore_eos", Bool(), False, "go on after the model's end-of-text tokens")
+SKIP_SPECIAL: Field[bool] = Field("skip_special_tokens", Bool(), True, "leave special tokens out of the text")
+TRUNCATE: Field[int | None] = Field(
+    "truncate_prompt_tokens", Int(-1, _INT32), None, "keep only the last so many prompt tokens; -1: as many as fit"
+)
+PRIORITY: Field[int] = Field("priority", Int(-_INT32, _INT32), 0, "lower is served earlier")
+CACHE_SALT: Field[str | None] = Field(
+    "cache_salt", Text(1024, 1), None, "prefix-cache blocks are shared only with requests of the same salt"
+)
+TIMEOUT_MS: Field[int | None] = Field(
+    "timeout_ms", Int(1, 86_400_000), None, "milliseconds until the request ends with 504"
+)
+REQUEST_ID: Field[str | None] = Field(
+    "request_id", Text(128, 1, visible=True), None, "part of the reply's id; otherwise X-Request-Id is"
+)
+USER: Field[str | None] = Field("user", Text(4096), None, "the operator's to use; no effect on the answer")
+RETURN_TOKEN_IDS: Field[bool] = Field("return_token_ids", Bool(), False, "prompt_token_ids and token_ids in the reply")
+TOKENS_AS_IDS: Field[bool] = Field(
+    "return_tokens_as_token_ids", Bool(), False, 'tokens of logprobs as "token_id:N" instead of text'
+)
+
+_SHARED: tuple[object, ...] = (
+    MODEL, N, STREAM, STREAM_OPTIONS, MAX_TOKENS, MIN_TOKENS, TEMPERATURE, TOP_P, TOP_K, MIN_P, REPETITION, PRESENCE,
+    FREQUENCY, LOGIT_BIAS, SEED, STOP, STOP_TOKEN_IDS, INCLUDE_STOP, IGNORE_EOS, SKIP_SPECIAL, TRUNCATE, PRIORITY,
+    CACHE_SALT, TIMEOUT_MS, REQUEST_ID, USER, RETURN_TOKEN_IDS, TOKENS_AS_IDS,
+    refused("response_format", "structured output", ({"type": "text"},)),
+    refused("structured_outputs", "structured output"),
+    refused("guided_json", "structured output, older name"),
+    refused("guided_regex", "structured output, older name"),
+    refused("guided_choice", "structured output, older name"),
+    refused("guided_grammar", "structured output, older name"),
+    refused("guided_decoding_backend", "structured output, older name"),
+    refused("guided_whitespace_pattern", "structured output, older name"),
+    refused("prompt_logprobs", "log-probabilities of the prompt"),
+    refused("bad_words", "strings that must not appear", ([],)),
+    refused("allowed_token_ids", "the only tokens that may be drawn"),
+    refused("use_beam_search", "beam search", (False,)),
+    refused("length_penalty", "beam search", (1, 1.0)),
+    refused("early_stopping", "beam search", (False,)),
+    refused("logits_processors", "code from the request", ([],)),
+    refused("kv_transfer_params", "transfer of cached prompts between servers"),
+    refused("vllm_xargs", "arguments of engine extensions", ({},)),
+    refused("prompt_embeds", "prompts as vectors"),
+    ignored("spaces_between_special_tokens", "text is joined without added spaces, as for false", (False,)),
+    ignored("metadata", "goes with store", ({},)),
+    ignored("service_tier", "there is one tier", ("auto", "default")),
+    ignored("safety_identifier", "no moderation is done"),
+    ignored("prompt_cache_key", "equal prompt beginnings are found without a key"),
+    ignored("prompt_cache_retention", "cached prompts live as long as there is room"),
+)  # fmt: skip
+
+# Chat only.
+MESSAGES: Field[tuple[Message, ...]] = Field("messages", Messages(), (), "the conversation", required=True)
+MAX_COMPLETION_TOKENS: Field[int | None] = Field(
+    "max_completion_tokens", Int(1, _INT32), None, "as max_tokens, and wins over it"
+)
+LOGPROBS: Field[bool] = Field("logprobs", Bool(), False, "log-probabilities of the drawn tokens")
+TOP_LOGPROBS: Field[int] = Field("top_logprobs", Int(0, MAX_LOGPROBS), 0, "most likely tokens at each place")
+ECHO: Field[bool] = Field("echo", Bool(), False, "begin with the prompt; chat: with a last message of the assistant")
+ADD_GENERATION_PROMPT: Field[bool] = Field("add_generation_prompt", Bool(), True, "open the assistant's turn")
+CONTINUE_FINAL: Field[bool] = Field(
+    "continue_final_message", Bool(), False, "leave the last message open and go on with it"
+)
+ADD_SPECIAL_CHAT: Field[bool] = Field(
+    "add_special_tokens", Bool(), False, "add the tokenizer's own first token to what the template made"
+)
+ADD_SPECIAL: Field[bool] = Field("add_special_tokens", Bool(), True, "add the tokenizer's own first token")
+DOCUMENTS: Field[tuple[dict[str, object], ...]] = Field("documents", Objects(1024), (), "for the chat template")
+TEMPLATE_KWARGS: Field[dict[str, object]] = Field(
+    "chat_template_kwargs",
+    Object(
+        64,
+        frozenset(
+            {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template",
+             "tokenize", "bos_token", "eos_token", "raise_exception", "strftime_now"}
+        ),
+    ),
+    {},
+    "further variables of the chat template",
+)  # fmt: skip
+
+CHAT = table(
+    *_SHARED, MESSAGES, MAX_COMPLETION_TOKENS, LOGPROBS, TOP_LOGPROBS, ECHO, ADD_GENERATION_PROMPT, CONTINUE_FINAL,
+    ADD_SPECIAL_CHAT, DOCUMENTS, TEMPLATE_KWARGS,
+    refused("tools", "tool calls", ([],)),
+    refused("tool_choice", "tool calls", ("none", "auto")),
+    refused("functions", "tool calls, older name", ([],)),
+    refused("function_call", "tool calls, older name", ("none", "auto")),
+    refused("chat_template", "a template from the request"),
+    refused("mm_processor_kwargs", "images and audio", ({},)),
+    refused("modalities", "answers other than text", (["text"],)),
+    refused("audio", "answers as audio"),
+    refused("web_search_options", "web search"),
+    refused("thinking_token_budget", "a bound on reasoning"),
+    refused("prompt", "a field of /v1/completions"),
+    Field("parallel_tool_calls", Bool(), True, "without tools there is no call to make, in parallel or not"),
+    ignored("reasoning_effort", "the model has no such dial", ("none",)),
+    ignored("verbosity", "the model has no such dial", ("medium",)),
+    ignored("prediction", "a hint for speed"),
+    ignored("include_reasoning", "the model's text is not split into reasoning and answer", (True,)),
+    ignored("store", "answers of this endpoint are not stored", (False,)),
+)  # fmt: skip
+
+# Completions only.
+PROMPT: Field[tuple[Prompt, ...]] = Field("prompt", Prompts(), (), "one prompt or many", required=True)
+MAX_TOKENS_OR_0: Field[int | None] = Field(
+    "max_tokens", Int(0, _INT32), None, "most tokens of one choice, 16 by default; 0 only with echo"
+)
+LOGPROBS_COUNT: Field[int | None] = Field(
+    "logprobs", Int(0, MAX_LOGPROBS), None, "log-probabilities of the drawn tokens and so many of the most likely"
+)
+BEST_OF: Field[int | None] = Field("best_of", Int(1, 128), None, "must equal n: every choice drawn is returned")
+
+COMPLETIONS = table(
+    *(row for row in _SHARED if row is not MAX_TOKENS), PROMPT, MAX_TOKENS_OR_0, LOGPROBS_COUNT, ECHO, ADD_SPECIAL,
+    BEST_OF,
+    refused("suffix", "filling in the middle", ("",)),
+    refused("messages", "a field of /v1/chat/completions"),
+)  # fmt: skip
+
+# Token endpoints.
+TEXT_PROMPT: Field[str | tuple[str, ...] | None] = Field("prompt", Texts(), None, "a text or a list of texts")
+TEXT: Field[str | tuple[str, ...] | None] = Field("text", Texts(), None, "other name of prompt")
+TOKENIZE_MESSAGES: Field[tuple[Message, ...] | None] = Field("messages", Messages(), None, "a conversation")
+TOKEN_STRS: Field[bool] = Field("return_token_strs", Bool(), False, "also each token's text")
+ADD_SPECIAL_ANY: Field[bool | None] = Field(
+    "add_special_tokens", Bool(), None, "add the tokenizer's own first token; true for texts, false for messages"
+)
+TOOLS: Field[tuple[dict[str, object], ...]] = Field("tools", Objects(128), (), "for the chat template")
+TOKENS: Field[list[int] | None] = Field("tokens", TokenIds(PROMPT_TOKEN_LIMIT), None, "token ids")
+TOKEN_IDS: Field[list[int] | None] = Field("token_ids", TokenIds(PROMPT_TOKEN_LIMIT), None, "other name of tokens")
+KEEP_SPECIAL: Field[bool] = Field("skip_special_tokens", Bool(), False, "leave special tokens out of the text")
+
+TOKENIZE = table(
+    MODEL, TEXT_PROMPT, TEXT, TOKENIZE_MESSAGES, TOKEN_STRS, ADD_SPECIAL_ANY, ADD_GENERATION_PROMPT, CONTINUE_FINAL,
+    TEMPLATE_KWARGS, DOCUMENTS, TOOLS,
+    refused("chat_template", "a template from the request"),
+    refused("mm_processor_kwargs", "images and audio", ({},)),
+)  # fmt: skip
+DETOKENIZE = table(MODEL, TOKENS, TOKEN_IDS, KEEP_SPECIAL)
