@@ -1,0 +1,70 @@
+"""The arithmetic of the KV cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vserve.errors import StartupError
+from vserve.model.config import Architecture, ModelConfig
+from vserve.model.memory import GIB, host_budget, host_memory, plan_cache, token_bytes
+
+CONFIG = ModelConfig(
+    architecture=Architecture.LLAMA,
+    num_layers=30,
+    hidden_size=576,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    intermediate_size=1536,
+    vocab_size=49152,
+    max_position=8192,
+    rms_norm_eps=1e-5,
+    rope_theta=1e5,
+)
+
+
+def test_a_token_takes_two_rows_a_layer() -> None:
+    assert token_bytes(CONFIG, 4) == 2 * 30 * 3 * 64 * 4 == 46080
+
+
+@pytest.mark.parametrize(
+    ("budget", "asked", "blocks", "longest"),
+    [(GIB, None, 1456, 8192), (GIB, 512, 1456, 512), (100 * 2**20, None, 142, 2272), (100 * 2**20, 2272, 142, 2272)],
+)
+def test_the_budget_becomes_blocks_and_a_longest_sequence_that_fits_them(
+    budget: int, asked: int | None, blocks: int, longest: int
+) -> None:
+    plan = plan_cache(CONFIG, budget_bytes=budget, element_bytes=4, block_size=16, max_model_len=asked)
+    assert (plan.num_blocks, plan.max_model_len) == (blocks, longest)
+    assert plan.max_model_len <= plan.tokens
+    assert plan.num_blocks * plan.block_bytes <= budget
+    assert str(blocks) in plan.explain()
+
+
+@pytest.mark.parametrize(
+    ("budget", "asked", "named"),
+    [(GIB, 8193, "8193"), (100 * 2**20, 8192, "--kv-cache-memory-bytes"), (1000, None, "--kv-cache-memory-bytes")],
+)
+def test_what_does_not_fit_is_said_with_the_numbers_and_the_flag(budget: int, asked: int | None, named: str) -> None:
+    with pytest.raises(StartupError, match=named):
+        plan_cache(CONFIG, budget_bytes=budget, element_bytes=4, block_size=16, max_model_len=asked)
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "available"), [("max", "5", 8 * GIB), (str(2 * GIB), str(GIB), GIB), (None, None, 8 * GIB)]
+)
+def test_the_control_group_counts(tmp_path: Path, limit: str | None, used: str | None, available: int) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable: {8 * 2**20} kB\n")
+    if limit is not None and used is not None:
+        (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+        (tmp_path / "sys/fs/cgroup/memory.max").write_text(limit + "\n")
+        (tmp_path / "sys/fs/cgroup/memory.current").write_text(used + "\n")
+    assert host_memory(tmp_path) == available
+
+
+def test_a_host_gives_a_quarter_and_at_most_4_gib() -> None:
+    assert host_budget(8 * GIB) == 2 * GIB
+    assert host_budget(100 * GIB) == 4 * GIB

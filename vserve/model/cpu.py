@@ -1,0 +1,96 @@
+"""What PyTorch's CPU libraries must be told through the environment before they are loaded.
+
+Imports no torch.  oneDNN's instruction set: a child process tries the tile instructions (AMX) where the processor
+claims them, because on some virtual machines they trap, and a trapped instruction ends the process that tried.
+OpenMP's waiting: threads that wait by spinning starve the event loop when there are few cores.  Main thread, once.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+_ISA: Final = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+_WAITING: Final = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+
+SAFE_ISA: Final = "AVX512_CORE_FP16"
+"""The widest instruction set without tiles; oneDNN lowers it to what the processor has."""
+
+SPIN_COUNT: Final = "1000"
+"""Rounds that an idle OpenMP thread spins before it sleeps: some 15 microseconds, the gap between two operations of a
+step.  libgomp's own value is a thousand times that.
+
+Measured on 2 cores: a chain of 60 linears of 30 to 60 microseconds on 2 threads, least ms with both cores free, and
+median ms with one of them busy: default 3.6 and 106; 20000: 3.7 and 39; 1000: 3.7 and 12; 0 (which is
+OMP_WAIT_POLICY=passive): 6.9 and 15.  On one thread: 4.6 and 9 (vserve/model/threads.py).
+"""
+
+_PROBE_LIMIT_S: Final = 60.0
+_PROBE: Final = """
+import torch
+for dtype in (torch.bfloat16, torch.float16):
+    torch.nn.functional.linear(torch.ones(64, 64, dtype=dtype), torch.ones(64, 64, dtype=dtype))
+"""
+
+
+def library_environment(
+    environ: Mapping[str, str],
+    *,
+    reduced_precision: bool,
+    cpuinfo: str | None = None,
+    probe: Callable[[], int] | None = None,
+) -> dict[str, str]:
+    """Variables to set before torch is imported; none that the user has set.
+
+    reduced_precision: whether float16 or bfloat16 may be computed on the CPU: only then are tiles used, and tried.
+    cpuinfo: what /proc/cpuinfo says, read when None.  probe: see ``try_tiles``.
+    """
+    found = safe_isa_environment(environ, cpuinfo, probe) if reduced_precision else {}
+    if not any(name in environ for name in _WAITING):
+        found["GOMP_SPINCOUNT"] = SPIN_COUNT
+    return found
+
+
+def safe_isa_environment(
+    environ: Mapping[str, str], cpuinfo: str | None = None, probe: Callable[[], int] | None = None
+) -> dict[str, str]:
+    """oneDNN's limit where the processor claims tiles and a process that uses them dies; {} where there is no need."""
+    if any(name in environ for name in _ISA) or not _claims_tiles(_cpuinfo() if cpuinfo is None else cpuinfo):
+        return {}
+    return {_ISA[0]: SAFE_ISA} if (probe or try_tiles)() < 0 else {}
+
+
+def try_tiles() -> int:
+    """Multiply in both reduced precisions in a child process; its exit status, negative when a signal ended it.
+
+    Takes the second or two of importing torch.  A child that cannot finish counts as one that was killed.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _PROBE],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=_PROBE_LIMIT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return -1
+    return done.returncode
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+def _claims_tiles(cpuinfo: str) -> bool:
+    for line in cpuinfo.splitlines():
+        if line.startswith("flags"):
+            return "amx_tile" in line.split()
+    return False

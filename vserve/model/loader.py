@@ -1,0 +1,299 @@
+"""load: a model's files, or random numbers in their place, -> a ``Decoder`` ready to run.
+
+Owns the names and shapes of every tensor a Llama-family model has and what form each takes on a device.  All tensors
+are checked before the first is read.  Knows no file format.  Runs on the engine thread, and on a few of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+
+from vserve.errors import StartupError, shorten
+from vserve.kernels import reference
+from vserve.model import quant
+from vserve.model.config import ModelConfig
+from vserve.model.decoder import Decoder
+from vserve.model.layers import Block, DenseEmbedding, Embedding, StoredEmbedding
+from vserve.model.linear import GroupedLinear, Linear, dense_linear, has_grouped
+from vserve.model.source import ModelSource
+from vserve.model.weights import StoredTensor, Weights
+
+Progress = Callable[[int, int], None]
+"""Told (done, total) bytes after each part of the model, on the thread that loads."""
+
+DENSE_COPY_LIMIT: Final = 4 << 30
+"""Most bytes of float32 copies kept beside quantised weights, for steps of many rows; a larger model goes without."""
+
+EMBEDDING: Final = "model.embed_tokens.weight"
+NORM: Final = "model.norm.weight"
+HEAD: Final = "lm_head.weight"
+
+_HARMLESS_SUFFIX: Final = ".rotary_emb.inv_freq"
+"""Old checkpoints hold the rotary frequencies, which are worked out from the configuration."""
+
+_DUMMY_SPREAD: Final = 0.02
+
+
+def load(
+    source: ModelSource,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    load_format: str = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Decoder:
+    """Read source's weights, or with load_format "dummy" draw random ones from seed, onto device in dtype.
+
+    On a CPU in float32, quantised weights stay as they are; everywhere else they become dtype.  StartupError for a
+    tensor that is missing, of a wrong shape or unknown.  The decoder does not depend on the files.
+    """
+    if load_format == "dummy":
+        return load_dummy(source.config, device=device, dtype=dtype, seed=seed, progress=progress)
+    return load_weights(source.open_weights(), source.config, device=device, dtype=dtype, progress=progress)
+
+
+def load_weights(
+    weights: Weights,
+    config: ModelConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+    dense_copy_limit: int = DENSE_COPY_LIMIT,
+) -> Decoder:
+    """The decoder of config with the tensors of weights; errors as in load."""
+    check(weights, config)
+    copies = 4 * _linear_numbers(config) <= dense_copy_limit
+    return _build(_StoredParts(weights, config.tie_embeddings, device, dtype, copies), config, progress)
+
+
+def load_dummy(
+    config: ModelConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Decoder:
+    """The decoder of config with weights drawn from seed on device: normal, spread 0.02; norms are 1, biases 0."""
+    return _build(_DummyParts(config, device, dtype, seed), config, progress)
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Hugging Face name -> shape of every tensor that a model of config must have."""
+    width, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    matrices = {
+        "self_attn.q_proj": (queries, width, config.attention_bias),
+        "self_attn.k_proj": (keys, width, config.attention_bias),
+        "self_attn.v_proj": (keys, width, config.attention_bias),
+        "self_attn.o_proj": (width, queries, config.output_bias),
+        "mlp.gate_proj": (inner, width, config.mlp_bias),
+        "mlp.up_proj": (inner, width, config.mlp_bias),
+        "mlp.down_proj": (width, inner, config.mlp_bias),
+    }
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, width), NORM: (width,)}
+    if not config.tie_embeddings:
+        shapes[HEAD] = (config.vocab_size, width)
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+        shapes[prefix + "input_layernorm.weight"] = (width,)
+        shapes[prefix + "post_attention_layernorm.weight"] = (width,)
+        for name, (outputs, inputs, biased) in matrices.items():
+            shapes[f"{prefix}{name}.weight"] = (outputs, inputs)
+            if biased:
+                shapes[f"{prefix}{name}.bias"] = (outputs,)
+    return shapes
+
+
+def check(weights: Weights, config: ModelConfig) -> None:
+    """StartupError unless weights holds exactly the tensors of config, each in its shape."""
+    shapes = expected_shapes(config)
+    model = f"a {config.num_layers}-layer {config.architecture}"
+    for name, wanted in shapes.items():
+        if name not in weights:
+            raise StartupError(f"tensor {name} is missing, which {model} needs with shape {_text(wanted)}")
+        found = weights.get(name).shape
+        if found != wanted:
+            raise StartupError(
+                f"tensor {name} has shape {_text(found)}, but {model} of this size needs {_text(wanted)}"
+            )
+    for name in weights.names():
+        # A tied head may be stored too: it is the embedding again, and transformers reads past it as well.
+        if name not in shapes and name != HEAD and not name.endswith(_HARMLESS_SUFFIX):
+            raise StartupError(f"tensor {shorten(name)} is not one of {model}: the file holds another model")
+
+
+def _text(shape: Sequence[int]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def _linear_numbers(config: ModelConfig) -> int:
+    matrices = sum(shape[0] * shape[1] for name, shape in expected_shapes(config).items() if len(shape) == 2)
+    return matrices if config.tie_embeddings else matrices - config.vocab_size * config.hidden_size
+
+
+class _Parts(Protocol):
+    """Where the pieces of a decoder come from.  Called on several threads at once."""
+
+    total_bytes: int
+
+    @property
+    def done_bytes(self) -> int: ...
+
+    def vector(self, name: str) -> Tensor:
+        """A norm's weight, in the model's dtype on its device."""
+
+    def linear(self, *modules: str) -> Linear:
+        """The layer of modules' weights, and biases where there are any, stacked in this order."""
+
+    def ends(self) -> tuple[Embedding, Linear]:
+        """The embedding and the head."""
+
+
+def _build(parts: _Parts, config: ModelConfig, progress: Progress | None) -> Decoder:
+    """One layer on each thread at a time: what is done to a layer is many operations too small to share."""
+    threads = torch.get_num_threads()
+    blocks = []
+    try:
+        with ThreadPoolExecutor(threads, "loader", torch.set_num_threads, (1,)) as pool:
+            ends = pool.submit(parts.ends)
+            for block in pool.map(partial(_block, parts), range(config.num_layers)):
+                blocks.append(block)
+                if progress is not None:
+                    progress(parts.done_bytes, parts.total_bytes)
+            embedding, head = ends.result()
+    finally:
+        torch.set_num_threads(threads)  # some of what the pool's threads have set is the process's
+    norm = parts.vector(NORM)
+    if progress is not None:
+        progress(parts.total_bytes, parts.total_bytes)
+    if norm.device.type == "cuda":
+        from vserve.model.gpu_decoder import GpuDecoder  # its kernels need Triton, which torch for CPUs comes without
+
+        return GpuDecoder(config, embedding, blocks, norm, head)
+    return Decoder(config, reference, embedding, blocks, norm, head)
+
+
+def _block(parts: _Parts, layer: int) -> Block:
+    attention, mlp = f"model.layers.{layer}.self_attn.", f"model.layers.{layer}.mlp."
+    return Block(
+        attention_norm=parts.vector(f"model.layers.{layer}.input_layernorm.weight"),
+        qkv=parts.linear(attention + "q_proj", attention + "k_proj", attention + "v_proj"),
+        output=parts.linear(attention + "o_proj"),
+        mlp_norm=parts.vector(f"model.layers.{layer}.post_attention_layernorm.weight"),
+        gate_up=parts.linear(mlp + "gate_proj", mlp + "up_proj"),
+        down=parts.linear(mlp + "down_proj"),
+    )
+
+
+class _StoredParts:
+    """Parts from the tensors of a file."""
+
+    def __init__(self, weights: Weights, tied: bool, device: torch.device, dtype: torch.dtype, copies: bool) -> None:
+        self._weights = weights
+        self._tied = tied
+        self._device = device
+        self._dtype = dtype
+        self._grouped = has_grouped(device, dtype)
+        self._copies = copies
+        self._taken: list[int] = []
+        self.total_bytes = weights.total_bytes
+
+    @property
+    def done_bytes(self) -> int:
+        return min(sum(self._taken), self.total_bytes)
+
+    def vector(self, name: str) -> Tensor:
+        return self._take(name).dense(self._dtype).to(self._device)
+
+    def linear(self, *modules: str) -> Linear:
+        stored = [self._take(f"{module}.weight") for module in modules]
+        # All have a bias or none has: check() has seen to it.
+        biases = [self.vector(f"{module}.bias") for module in modules if f"{module}.bias" in self._weights]
+        return self._linear(stored, torch.cat(biases) if biases else None)
+
+    def ends(self) -> tuple[Embedding, Linear]:
+        stored = self._take(EMBEDDING)
+        if self._tied:
+            table = None if self._device.type == "cpu" else self._dense([stored])
+            head = self._linear([stored], None) if table is None else dense_linear(table)
+            return self._embedding(stored, table), head
+        return self._embedding(stored, None), self._linear([self._take(HEAD)], None)
+
+    def _take(self, name: str) -> StoredTensor:
+        stored = self._weights.get(name)
+        self._taken.append(stored.nbytes)  # one operation, so no lock
+        return stored
+
+    def _embedding(self, stored: StoredTensor, table: Tensor | None) -> Embedding:
+        """The rows as they are stored, in memory of our own; table: one already on the device, to share."""
+        if stored.quantised and self._device.type == "cpu":
+            return StoredEmbedding(stored.select_rows(torch.arange(stored.shape[0])), self._dtype)
+        if table is None:
+            table = stored.dense(self._dtype if stored.quantised else stored.data.dtype).to(self._device)
+        return DenseEmbedding(table, self._dtype)
+
+    def _linear(self, stored: Sequence[StoredTensor], bias: Tensor | None) -> Linear:
+        if not (self._grouped and all(quant.can_group(part.kind) for part in stored)):
+            return dense_linear(self._dense(stored), bias)
+        q, scale, minimum = (torch.cat(part) for part in zip(*map(quant.unpack_groups, stored), strict=True))
+        many = dense_linear(self._dense(stored), bias) if self._copies else None
+        return GroupedLinear(q, scale, minimum, bias, many)
+
+    def _dense(self, stored: Sequence[StoredTensor]) -> Tensor:
+        """The numbers of all parts one below the other, [sum of rows, cols], on the device."""
+        rows = sum(part.shape[0] for part in stored)
+        weight = torch.empty((rows, stored[0].shape[1]), dtype=self._dtype, device=self._device)
+        start = 0
+        for part in stored:
+            weight[start : start + part.shape[0]] = part.dense(self._dtype)
+            start += part.shape[0]
+        return weight
+
+
+class _DummyParts:
+    """Parts drawn at random on the device itself, each tensor from a seed of its own: threads change nothing."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int) -> None:
+        self._shapes = expected_shapes(config)
+        self._device = device
+        self._dtype = dtype
+        self._seed = seed
+        self._drawn: list[int] = []
+        self.total_bytes = sum(math.prod(shape) for shape in self._shapes.values()) * dtype.itemsize
+
+    @property
+    def done_bytes(self) -> int:
+        return min(sum(self._drawn), self.total_bytes)
+
+    def vector(self, name: str) -> Tensor:
+        return torch.ones(self._shapes[name], dtype=self._dtype, device=self._device)
+
+    def linear(self, *modules: str) -> Linear:
+        shapes = [self._shapes[f"{module}.weight"] for module in modules]
+        outputs, inputs = sum(shape[0] for shape in shapes), shapes[0][1]
+        biased = f"{modules[0]}.bias" in self._shapes
+        bias = torch.zeros(outputs, dtype=self._dtype, device=self._device) if biased else None
+        return dense_linear(self._matrix(modules[0], outputs, inputs), bias)
+
+    def ends(self) -> tuple[Embedding, Linear]:
+        rows, cols = self._shapes[EMBEDDING]
+        table = self._matrix(EMBEDDING, rows, cols)
+        head = self._matrix(HEAD, rows, cols) if HEAD in self._shapes else table
+        return DenseEmbedding(table, self._dtype), dense_linear(head)
+
+    def _matrix(self, name: str, rows: int, cols: int) -> Tensor:
+        generator = torch.Generator(self._device).manual_seed(self._seed + (zlib.crc32(name.encode()) << 32))
+        weight = torch.empty((rows, cols), dtype=self._dtype, device=self._device)
+        self._drawn.append(weight.nbytes)
+        return weight.normal_(0.0, _DUMMY_SPREAD, generator=generator)
