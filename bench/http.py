@@ -1,10 +1,13 @@
-"""What the HTTP front end costs by itself: server CPU per request and per streamed chunk, on loopback.
+"""What the front end costs by itself: server CPU per request and per streamed token, on loopback.
 
-    python bench/http.py --ping --stream [--loop uvloop|asyncio] [--connections 16] [--requests 200000] ...
+    python bench/http.py                               every case
+    python bench/http.py --ping --stream --loop asyncio --connections 16 --requests 200000
 
-The server runs in a process of its own with one sync route, one async route and one streaming route; a raw client in
-this process drives it over keep-alive connections without pipelining.  CPU is what the server's own getrusage says,
-so neither the client's speed nor a busy machine is counted.  One JSON line a measurement.
+The server runs in a process of its own; a raw client in this process drives it over keep-alive connections without
+pipelining.  CPU is what getrusage says of the server's event-loop thread, so neither the client's speed nor a busy
+machine is counted.  ping, fresh, echo and stream measure the HTTP half with handlers of their own.  chat, chat stream
+and token are the whole front end (HTTP, validation, template, tokenizer, bridge, detokenizer, SSE) with a fake engine
+that emits one token a step to every stream.  One JSON line a measurement.
 """
 
 from __future__ import annotations
@@ -26,12 +29,23 @@ sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.record import emit
+from tests.fakes_api import LETTERS, NAME, TEMPLATE
+from tests.fakes_engine import FakeEngine
+from vserve.api.app import App, Model, Options
+from vserve.api.failure import render
+from vserve.api.routes import Gate, routes, table
+from vserve.bridge import Bridge
+from vserve.engine.inbox import Inbox
 from vserve.errors import ApiError
 from vserve.http import sse
 from vserve.http.exchange import Exchange, Response
 from vserve.http.limits import Limits
 from vserve.http.router import Route, Router
 from vserve.http.server import HttpServer
+from vserve.text.template import ChatTemplate
+
+STEP_S = 0.004
+"""Time of a step of the fake engine: what a small model on a GPU takes at a large batch."""
 
 TOKEN = (
     b'{"id":"chatcmpl-0123456789abcdef","object":"chat.completion.chunk","created":1700000000,"model":"smollm2",'
@@ -70,15 +84,47 @@ class Steps:
             self._loop.call_soon(self._step)
 
 
+def _usage(_: Exchange) -> Response:
+    used = resource.getrusage(resource.RUSAGE_THREAD)  # handlers run on the loop's thread
+    return Response(200, json.dumps({"user_s": used.ru_utime, "system_s": used.ru_stime}).encode())
+
+
+async def _serve_api() -> None:
+    """The whole front end over a fake engine on its own thread."""
+    sys.setswitchinterval(100e-6)  # as serve.py does
+    app = App(Options(version="bench", max_queue=4096))
+    entries = table(app)
+    usage = Route("GET", "/usage", _usage, "usage", auth="open")
+    server = HttpServer(Router([*routes(entries), usage]), Limits(), render, Gate(app, entries))
+    inbox = Inbox(4096)
+    bridge = Bridge(asyncio.get_running_loop(), inbox)
+    words = LETTERS.encode("word by word, ", add_special=False)
+    engine = FakeEngine(inbox, bridge, lambda request: words, step_s=STEP_S)
+    app.ready(
+        Model(
+            names=(NAME,),
+            tokenizer=LETTERS,
+            template=ChatTemplate(TEMPLATE),
+            bridge=bridge,
+            waiting=inbox,
+            heartbeat=engine.heartbeat,
+            max_model_len=1 << 20,
+            vocab_size=LETTERS.vocab_size,
+        )
+    )
+    engine.start()
+    await server.listen("127.0.0.1", 0)
+    print(server.port, flush=True)
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)  # until the parent goes
+    await server.close(1.0)
+    engine.stop()
+
+
 async def _serve() -> None:
     pong = Response(200)
 
     def ping(_: Exchange) -> Response:
         return pong
-
-    def usage(_: Exchange) -> Response:
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        return Response(200, json.dumps({"user_s": used.ru_utime, "system_s": used.ru_stime}).encode())
 
     async def echo(exchange: Exchange) -> Response:
         return Response(200, exchange.request.body)
@@ -88,7 +134,7 @@ async def _serve() -> None:
 
     routes = [
         Route("GET", "/ping", ping, "ping"),
-        Route("GET", "/usage", usage, "usage"),
+        Route("GET", "/usage", _usage, "usage"),
         Route("POST", "/echo", echo, "echo", body=True),
         Route("GET", "/stream", Steps(asyncio.get_running_loop()).open, "stream"),
     ]
@@ -99,13 +145,14 @@ async def _serve() -> None:
     await server.close(1.0)
 
 
-def _run_server(loop: str) -> None:
+def _run_server(loop: str, api: bool) -> None:
+    serve = _serve_api if api else _serve
     if loop == "uvloop":
         import uvloop
 
-        uvloop.run(_serve())
+        uvloop.run(serve())
     else:
-        asyncio.run(_serve())
+        asyncio.run(serve())
 
 
 def _ask(port: int, request: bytes) -> bytes:
@@ -199,6 +246,51 @@ def _stream(port: int, args: argparse.Namespace) -> dict[str, object]:
     }
 
 
+def _chat(tokens: int, stream: bool) -> bytes:
+    content = "What is the difference between a thread and a process? " * 4
+    body = json.dumps(
+        {
+            "model": NAME,
+            "messages": [{"role": "system", "content": "You are helpful."}, {"role": "user", "content": content}],
+            "max_tokens": tokens,
+            "temperature": 0.7,
+            "stream": stream,
+        }
+    ).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n"
+    return head + b"content-length: %d\r\n\r\n" % len(body) + body
+
+
+def _api(port: int, args: argparse.Namespace) -> list[dict[str, object]]:
+    """A whole chat request of one token, a streamed one, and what each further streamed token adds."""
+
+    def whole(data: bytes) -> bool:
+        return data.endswith(b"}") and b'"usage"' in data
+
+    def ended(data: bytes) -> bool:
+        return data.endswith(b"0\r\n\r\n")
+
+    def cost(request: bytes, count: int, streams: int, done: Callable[[bytes], bool]) -> float:
+        answered, cpu_s, _ = _measure(port, lambda: _drive(port, streams, request, count, done))
+        return cpu_s / answered * 1e6
+
+    count, streams, tokens = max(args.requests // 50, 64), args.streams, args.tokens // 4
+    cost(_chat(8, True), 4 * streams, streams, ended)  # warm-up
+    one = cost(_chat(1, False), count, streams, whole)
+    first = cost(_chat(1, True), count, streams, ended)
+    long = cost(_chat(tokens, True), streams, streams, ended)
+    return [
+        {"case": "chat", "connections": streams, "requests": count, "cpu_us_per_request": round(one, 1)},
+        {"case": "chat stream", "connections": streams, "requests": count, "cpu_us_per_request": round(first, 1)},
+        {
+            "case": "token",
+            "streams": streams,
+            "tokens": tokens,
+            "cpu_us_per_token": round((long - first) / (tokens - 1), 2),
+        },
+    ]
+
+
 def main() -> None:
     """Run the cases asked for and print one JSON line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -207,6 +299,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="GET /ping with a browser's fields and a key: parsed anew")
     parser.add_argument("--echo", action="store_true", help="POST of 1 KiB to an async handler")
     parser.add_argument("--stream", action="store_true", help="SSE tokens to many streams at once")
+    parser.add_argument("--api", action="store_true", help="chat requests and streamed tokens, fake engine")
     parser.add_argument("--record", action="store_true", help="append the lines to bench/results/http.jsonl")
     parser.add_argument("--loop", choices=("uvloop", "asyncio"), default="uvloop")
     parser.add_argument("--connections", type=int, default=16)
@@ -215,26 +308,38 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2_000)
     args = parser.parse_args()
     if args.serve:
-        _run_server(args.loop)
+        _run_server(args.loop, args.api)
         return
+    if not (args.ping or args.fresh or args.echo or args.stream or args.api):
+        args.ping = args.fresh = args.echo = args.stream = args.api = True
     fields = b"".join(b"x-field-%d: some value of usual length\r\n" % i for i in range(6))
     fresh = b"GET /ping HTTP/1.1\r\nhost: bench\r\nauthorization: Bearer sk-0123456789\r\n" + fields + b"\r\n"
     echo = b"POST /echo HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\ncontent-length: 1024\r\n\r\n"
-    cases: list[Callable[[int], dict[str, object]]] = []
+    cases: list[Callable[[int], list[dict[str, object]]]] = []
     if args.ping:
-        cases.append(lambda port: _ping(port, args, b"GET /ping HTTP/1.1\r\nhost: bench\r\n\r\n", "ping"))
+        cases.append(lambda port: [_ping(port, args, b"GET /ping HTTP/1.1\r\nhost: bench\r\n\r\n", "ping")])
     if args.fresh:
-        cases.append(lambda port: _ping(port, args, fresh, "ping, parsed anew"))
+        cases.append(lambda port: [_ping(port, args, fresh, "ping, parsed anew")])
     if args.echo:
-        cases.append(lambda port: _ping(port, args, echo + b"x" * 1024, "echo of 1 KiB"))
+        cases.append(lambda port: [_ping(port, args, echo + b"x" * 1024, "echo of 1 KiB")])
     if args.stream:
-        cases.append(lambda port: _stream(port, args))
+        cases.append(lambda port: [_stream(port, args)])
     command = [sys.executable, __file__, "--serve", "--loop", args.loop]
+    _run_cases(command, cases, args)
+    if args.api:
+        _run_cases([*command, "--api"], [lambda port: _api(port, args)], args)
+
+
+def _run_cases(
+    command: list[str], cases: list[Callable[[int], list[dict[str, object]]]], args: argparse.Namespace
+) -> None:
+    """Start a server and print one line for each measurement of the cases."""
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         port = int(server.stdout.readline())
         for case in cases:
-            emit("http", {"loop": args.loop, **case(port)}, record=args.record)
+            for numbers in case(port):
+                emit("http", {"loop": args.loop, **numbers}, record=args.record)
         assert server.stdin is not None
         server.stdin.close()
 

@@ -1,0 +1,208 @@
+"""The whole server under load: TTFT, TPOT, inter-token latency and tokens a second through HTTP, on loopback.
+
+    python bench/serve.py                                    the default model, c = 1, 4, 16
+    python bench/serve.py --peer-python PYTHON               the same beside llama-cpp-python's server (A B B A)
+    python bench/serve.py --url http://127.0.0.1:8000        a server that runs already
+
+A measured server is started on a free port, warmed up with one round, and ended.  Prompts share no beginning, so the
+prefix cache cannot help.  Only addresses of this machine are ever asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# In place of this folder, not beside it: bench/http.py would hide the standard library's http.
+sys.path.pop(0)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.client import Sample, closed_loop, poisson, request_bytes, summary, text_prompt
+from bench.record import ROOT, emit
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+START_LIMIT_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A server to measure: its name in the results, where it listens, and the seconds it took to start (or None)."""
+
+    name: str
+    port: int
+    start_s: float | None
+    pid: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is asked: requests in flight (or a rate a second), how many in all, words in and tokens out."""
+
+    concurrency: int
+    requests: int
+    words: int
+    output_len: int
+    rate: float | None = None
+
+
+def free_port() -> int:
+    """A port of the loopback address that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running(name: str, command: Sequence[str], port: int, ready_path: str) -> Iterator[Target]:
+    """Start the command, wait until ready_path answers 200, and end the process group afterwards."""
+    began = time.perf_counter()
+    log_path = Path(os.environ.get("OUT", "/tmp")) / f"bench-{name}.log"
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(list(command), stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
+    try:
+        while not answers(port, ready_path):
+            if process.poll() is not None or time.perf_counter() - began > START_LIMIT_S:
+                raise SystemExit(f"{name} did not start:\n{log_path.read_text()[-2000:]}")
+            time.sleep(0.02)  # polling another program's start: there is nothing to wait on
+        yield Target(name, port, time.perf_counter() - began, process.pid)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def answers(port: int, path: str) -> bool:
+    """True when GET path on the port says 200."""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=2) as peer:
+            peer.sendall(f"GET {path} HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n".encode())
+            return peer.recv(16)[9:12] == b"200"
+    except OSError:
+        return False
+
+
+def bodies(load: Load, rng: random.Random) -> list[bytes]:
+    """The requests of one round: fresh prompts, greedy, as long as asked."""
+    return [
+        request_bytes(
+            "/v1/completions",
+            {
+                "model": None,
+                "prompt": text_prompt(rng, load.words),
+                "max_tokens": load.output_len,
+                "temperature": 0,
+                "stream": True,
+                "ignore_eos": True,
+                "stream_options": {"include_usage": True},
+            },
+            "127.0.0.1",
+        )
+        for _ in range(load.requests)
+    ]
+
+
+def measure(target: Target, load: Load, seed: int) -> tuple[list[Sample], float]:
+    """One round of the load against the target."""
+    rng = random.Random(seed)
+    requests = bodies(load, rng)
+    if load.rate is not None:
+        return asyncio.run(poisson("127.0.0.1", target.port, requests, load.rate, rng))
+    return asyncio.run(closed_loop("127.0.0.1", target.port, requests, load.concurrency))
+
+
+def resident_mib(pid: int) -> float:
+    """Resident memory of a process in MiB."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def report(target: Target, load: Load, rounds: Sequence[tuple[list[Sample], float]], record: bool) -> None:
+    """Add the rounds up and emit one line."""
+    samples = [sample for part, _ in rounds for sample in part]
+    numbers: dict[str, object] = {"server": target.name, "concurrency": load.concurrency}
+    if load.rate is not None:
+        numbers |= {"rate": load.rate}
+    numbers |= summary(samples, sum(wall for _, wall in rounds))
+    if target.start_s is not None:
+        numbers["start_s"] = round(target.start_s, 2)
+    if target.pid is not None:
+        numbers["rss_mib"] = round(resident_mib(target.pid))
+    emit("serve", numbers, record=record)
+    failed = next((sample for sample in samples if sample.error), None)
+    if failed is not None:
+        print(f"a request failed: {failed.status} {failed.error}", file=sys.stderr)
+
+
+def default_model() -> Path:
+    """The GGUF file of the embedded default model."""
+    from vserve.model.source import resolve
+
+    return resolve(None, environ=os.environ).path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", help="measure this server of this machine instead of starting one")
+    parser.add_argument("--name", default="vserve", help="name of the server in the results")
+    parser.add_argument("--peer-python", help="a Python that has llama-cpp-python[server]; measures it in the same run")
+    parser.add_argument("--concurrency", default="1,4,16")
+    parser.add_argument("--rate", type=float, help="send at this many requests a second (Poisson) instead")
+    parser.add_argument(
+        "--requests", type=int, default=0, help="requests a round; by default 4 per concurrency, 8 at least"
+    )
+    parser.add_argument("--rounds", type=int, default=2, help="rounds for each server, interleaved A B B A")
+    parser.add_argument("--words", type=int, default=100, help="words of a prompt (about 1.2 tokens each)")
+    parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--record", action="store_true", help="append the lines to bench/results/serve.jsonl")
+    parser.add_argument("--serve-args", default="", help="more arguments for vserve serve, separated by blanks")
+    args = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        targets = []
+        if args.url:
+            host, _, port = args.url.removeprefix("http://").rstrip("/").partition(":")
+            if host not in LOOPBACK:
+                raise SystemExit(f"--url {args.url}: only this machine is measured (127.0.0.1)")
+            targets.append(Target(args.name, int(port or 80), None))
+        else:
+            port = free_port()
+            command = [sys.executable, "-m", "vserve", "serve", "--host", "127.0.0.1", "--port", str(port)]
+            command += args.serve_args.split()
+            targets.append(stack.enter_context(running(args.name, command, port, "/health/ready")))
+        if args.peer_python:
+            port = free_port()
+            command = [args.peer_python, "-m", "llama_cpp.server", "--model", str(default_model())]
+            command += ["--host", "127.0.0.1", "--port", str(port), "--n_ctx", "4096", "--n_threads", "2"]
+            command += ["--interrupt_requests", "false"]  # by default a newcomer cuts the answer before it short
+            targets.append(stack.enter_context(running("llama-cpp-python", command, port, "/v1/models")))
+        for concurrency in map(int, args.concurrency.split(",")):
+            count = args.requests or max(8, 4 * concurrency)
+            load = Load(concurrency, count, args.words, args.output_len, args.rate)
+            for target in targets:  # one round to warm up: lazy tables, first touches, caches
+                measure(target, Load(concurrency, concurrency, args.words, 8, None), seed=1)
+            rounds: dict[str, list[tuple[list[Sample], float]]] = {target.name: [] for target in targets}
+            for turn in range(args.rounds):
+                for target in targets if turn % 2 == 0 else reversed(targets):
+                    rounds[target.name].append(measure(target, load, seed=100 + turn))
+            for target in targets:
+                report(target, load, rounds[target.name], args.record)
+
+
+if __name__ == "__main__":
+    main()

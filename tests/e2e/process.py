@@ -1,0 +1,65 @@
+"""The real server, as a process of its own, on a free port of the loopback address."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running vserve: where it listens and its process; out holds the lines it printed until it was ready."""
+
+    url: str
+    process: subprocess.Popen[str]
+    out: tuple[str, ...]
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rsplit(":", 1)[1])
+
+    def terminate(self) -> int:
+        """SIGTERM, then the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+
+def environment() -> dict[str, str]:
+    """The environment without anything that would configure the server."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(("VSERVE_", "VLLM_"))}
+
+
+@contextlib.contextmanager
+def serving(*flags: str) -> Iterator[Server]:
+    """Start ``python -m vserve serve`` with the flags and wait for the line that says it is ready."""
+    command = [sys.executable, "-m", "vserve", "serve", "--host", "127.0.0.1", "--port", "0", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment())
+    try:
+        assert process.stdout is not None
+        lines: list[str] = []
+        url = ""
+        for line in process.stdout:
+            lines.append(line)
+            found = re.search(r"http://127\.0\.0\.1:\d+", line)
+            if found and not url:
+                url = found[0]
+            if "curl" in line:  # the last line of the welcome
+                break
+        else:
+            raise AssertionError(f"the server ended with {process.wait(10)}: {lines}")
+        yield Server(url, process, tuple(lines))
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait(30)
+        if process.stdout is not None:
+            process.stdout.close()

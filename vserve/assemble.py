@@ -1,0 +1,211 @@
+"""Model files and settings -> an engine ready to run: every part of it made and joined, on the engine thread (G).
+
+Knows all of text, model and engine, and nothing of HTTP.  What is wrong with a file or a setting is a StartupError.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from vserve.config import Config
+from vserve.engine.inbox import Inbox
+from vserve.engine.loop import EngineLoop, StepRunner
+from vserve.engine.request import Emit, EngineStats, GenRequest, RequestId, SamplingParams
+from vserve.engine.runner import Runner
+from vserve.engine.scheduler import Limits, Scheduler
+from vserve.errors import EngineDied, StartupError
+from vserve.model.loader import load
+from vserve.model.memory import CachePlan, gib, host_budget, host_memory, plan_cache
+from vserve.model.source import ModelSource, SourceKind, resolve
+from vserve.observe.heartbeat import Heartbeat
+from vserve.observe.progress import Reporter
+from vserve.text import gguf_vocab
+from vserve.text.template import ChatTemplate, find_templates
+from vserve.text.tokenizer import Tokenizer, has_tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WARM_UP_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Defaults of a device for the flags that were not given."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+SIZES = {"cpu": Sizes(32, 512), "cuda": Sizes(256, 8192)}
+CPU_CHUNK = 128
+"""Prompt tokens of a CPU step that also decodes; a GPU's are measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """All that the event loop needs to know of a finished engine; loop.run is the rest of G's life."""
+
+    source: ModelSource
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    loop: EngineLoop
+    heartbeat: Heartbeat
+    plan: CachePlan
+    device: torch.device
+
+
+def assemble(
+    config: Config,
+    inbox: Inbox,
+    publish: Callable[[list[Emit], EngineStats], None],
+    died: Callable[[EngineDied], None],
+    reporter: Reporter,
+) -> Engine:
+    """Find, load and warm up the model of config.  G only.  Raises StartupError; anything else is a bug."""
+    device = _device(config)
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    reporter.begin("finding the model")
+    source = resolve(
+        config.model,
+        environ=os.environ,
+        need_weights=config.load_format != "dummy",
+        progress=lambda done, total: reporter.update(done, total),
+    )
+    dtype = _dtype(config, source, device)
+    with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as beside:
+        words = beside.submit(_words, config, source)
+        reporter.begin("loading weights")
+        decoder = load(
+            source,
+            device=device,
+            dtype=dtype,
+            load_format=config.load_format,
+            seed=config.seed,
+            progress=reporter.update,
+        )
+        tokenizer, template = words.result()
+    tokenizer.check_fits(source.config.vocab_size)
+    reporter.begin("making the KV cache")
+    sizes = SIZES[device.type]
+    rows = config.max_num_seqs or sizes.max_num_seqs
+    tokens = config.max_num_batched_tokens or sizes.max_num_batched_tokens
+    plan = plan_cache(
+        source.config,
+        budget_bytes=config.kv_cache_memory_bytes or _budget(config, source, device, dtype, rows, tokens),
+        element_bytes=dtype.itemsize,
+        block_size=config.block_size,
+        max_model_len=config.max_model_len,
+    )
+    runner, chunk = _runner(decoder, plan, rows, tokens, reporter)
+    limits = Limits(
+        num_blocks=plan.num_blocks,
+        block_size=plan.block_size,
+        max_num_seqs=rows,
+        max_num_batched_tokens=tokens,
+        max_model_len=plan.max_model_len,
+        max_prefill_chunk=config.max_prefill_chunk or chunk,
+        prefill_target=None if device.type == "cpu" else config.max_prefill_chunk or chunk,
+        prefix_caching=config.enable_prefix_caching,
+        vocab_size=source.config.vocab_size,
+    )
+    reporter.begin("warming up")
+    warm_up(runner, limits)
+    reporter.end()
+    heartbeat = Heartbeat(time.monotonic())
+    idle = None if isinstance(runner, Runner) else runner.idle
+    depth = 1 if device.type == "cpu" else 2
+    loop = EngineLoop(inbox, Scheduler(limits), runner, publish, died, heartbeat, depth=depth, idle=idle, owns_gc=True)
+    return Engine(source, tokenizer, template, loop, heartbeat, plan, device)
+
+
+def _runner(
+    decoder: Decoder, plan: CachePlan, rows: int, tokens: int, reporter: Reporter
+) -> tuple[Runner | CudaRunner, int]:
+    """The runner for the decoder's device, and the prompt tokens that a step of it should take beside decodes."""
+    if decoder.device.type == "cpu":
+        cache = decoder.new_cache(plan.num_blocks, plan.block_size)
+        return Runner(decoder, cache, max_num_seqs=rows, max_model_len=plan.max_model_len), CPU_CHUNK
+    from vserve import assemble_cuda
+    from vserve.model.gpu_decoder import GpuDecoder
+
+    assert isinstance(decoder, GpuDecoder)
+    runner = assemble_cuda.make_runner(decoder, plan, max_num_seqs=rows, max_tokens=tokens, reporter=reporter)
+    return runner, assemble_cuda.prefill_chunk(runner)
+
+
+def warm_up(runner: StepRunner, limits: Limits) -> None:
+    """Run one short request to its end, so that first touches are paid before the first client.  G only.
+
+    A scheduler of its own: the real one starts with an empty cache and counters at zero.
+    """
+    scheduler = Scheduler(limits)
+    length = max(1, min(WARM_UP_TOKENS, limits.max_sequence_tokens - 2))
+    for request_id, sampling in enumerate((SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, seed=0))):
+        # Ids below the bridge's first: rows remember whose they were.
+        scheduler.add(GenRequest(RequestId(-1 - request_id), [0] * length, 2, sampling), 0.0)
+        while (plan := scheduler.plan(0.0)) is not None:
+            scheduler.commit(plan, runner.launch(plan).wait(), 0.0)
+
+
+def _device(config: Config) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise StartupError("--device cuda: torch sees no CUDA device here; use --device cpu or install torch for CUDA")
+    use_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if use_cuda else "cpu")
+
+
+def _dtype(config: Config, source: ModelSource, device: torch.device) -> torch.dtype:
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.float16 if source.config.dtype == "float16" else torch.bfloat16
+
+
+def _budget(
+    config: Config, source: ModelSource, device: torch.device, dtype: torch.dtype, rows: int, tokens: int
+) -> int:
+    """Bytes for the KV cache when no flag says: what is left beside weights, steps and graphs."""
+    if device.type == "cpu":
+        return host_budget(host_memory())
+    from vserve import assemble_cuda
+
+    free, total = torch.cuda.mem_get_info(device)
+    taken, allowed = total - free, int(total * config.gpu_memory_utilization)
+    reserve = assemble_cuda.reserve_bytes(
+        source.config, max_num_seqs=rows, max_tokens=tokens, element_bytes=dtype.itemsize
+    )
+    budget = allowed - taken - reserve
+    if budget <= 0:
+        raise StartupError(
+            f"the GPU has {gib(total)}, --gpu-memory-utilization {config.gpu_memory_utilization:g} allows "
+            f"{gib(allowed)}, {gib(taken)} are taken and steps need {gib(reserve)}: nothing is left for the KV cache; "
+            "raise --gpu-memory-utilization, lower --max-num-batched-tokens or take a smaller model"
+        )
+    return budget
+
+
+def _words(config: Config, source: ModelSource) -> tuple[Tokenizer, ChatTemplate | None]:
+    """The tokenizer and the chat template of the model."""
+    if config.load_format == "dummy" and source.kind is SourceKind.FOLDER and not has_tokenizer(source.path):
+        return Tokenizer.of_bytes(source.config.vocab_size), None
+    if source.kind is SourceKind.GGUF:
+        assert source.gguf_metadata is not None
+        tokenizer = gguf_vocab.build(source.gguf_metadata)
+        text = source.chat_template
+    else:
+        tokenizer = Tokenizer.from_folder(source.path, generation_config=source.generation_config)
+        text = find_templates(source.path).get("default")
+    if text is None:
+        return tokenizer, None
+    return tokenizer, ChatTemplate(
+        text,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        special_tokens=tokenizer.special_tokens,
+    )

@@ -1,0 +1,226 @@
+"""One server's life: listen, load, serve, drain, stop.
+
+The main thread runs the event loop (L); the engine thread (G) loads the model and then runs the step loop.  The port
+listens before anything is loaded, so that probes hear from the first second how far the start is.  Exit codes are
+cli.py's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from vserve import __version__
+from vserve.config import Config
+from vserve.errors import EngineDied, StartupError, Unavailable
+from vserve.model import cpu
+from vserve.observe.progress import Progress, Reporter
+
+if TYPE_CHECKING:  # torch comes with it: imported on G, while L already answers probes
+    from vserve.assemble import Engine
+
+SWITCH_INTERVAL_S = 100e-6
+"""A thread waits at most this long for the GIL: 5 ms, the default, would be several steps (DESIGN.md, costs)."""
+STOP_GRACE_S = 1.0
+ENGINE_JOIN_S = 5.0
+EXIT_BUG = 1
+EXIT_ENGINE_DIED = 3
+
+log = logging.getLogger("vserve")
+
+
+def serve(config: Config) -> int:
+    """Serve until a signal or the engine's end; returns the exit code.  Main thread only."""
+    logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    # What torch's libraries read once, when they are loaded.  A tile instruction is used in reduced precision only.
+    reduced = config.device != "cuda" and config.dtype in ("bfloat16", "float16")
+    os.environ.update(cpu.library_environment(os.environ, reduced_precision=reduced))
+    faulthandler.enable()  # a model file cut while it is mapped ends the process by a signal: say where
+    import uvloop
+
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_Service(config).run())
+
+
+class _Service:
+    """The parts that live as long as the process.  L only, but for ``_engine_main``."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._began_s = time.perf_counter()
+        self._stop = asyncio.Event()
+        self._signals = 0
+        self._hurry = asyncio.Event()
+        self._failure: BaseException | None = None
+        self._engine: Engine | None = None
+
+    async def run(self) -> int:
+        """The whole life.  Raises StartupError when the server cannot start as asked."""
+        from vserve.api.app import App, Options
+        from vserve.api.failure import render
+        from vserve.api.routes import Gate, routes, table
+        from vserve.bridge import Bridge
+        from vserve.engine.inbox import Inbox
+        from vserve.http.limits import Limits
+        from vserve.http.router import Router
+        from vserve.http.server import HttpServer
+
+        config = self._config
+        loop = asyncio.get_running_loop()
+        self._app = App(
+            Options(
+                version=__version__,
+                api_keys=config.api_key,
+                strict=config.strict,
+                keep_alive_s=config.sse_ping_s,
+                request_timeout_s=config.request_timeout_s,
+                stall_timeout_s=config.stall_timeout_s,
+                max_queue=config.max_queue,
+            )
+        )
+        entries = table(self._app)
+        limits = Limits(body_bytes=config.body_limit_bytes, connections=config.max_connections)
+        self._http = HttpServer(
+            Router(routes(entries)),
+            limits,
+            render,
+            Gate(self._app, entries),
+            access_log=_access_line if config.access_log else None,
+        )
+        if config.uds is None:
+            await self._http.listen(config.host, config.port)
+        else:
+            await self._http.listen(uds=config.uds)
+        self._inbox = Inbox(config.max_queue, retry_after=self._app.retry_after_s)
+        self._bridge = Bridge(loop, self._inbox)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        reporter = Reporter(sys.stderr, self._progress)
+        self._thread = threading.Thread(target=self._engine_main, args=(loop, reporter), name="engine", daemon=True)
+        self._thread.start()
+        await self._stop.wait()
+        return await self._end()
+
+    # ---- G -----------------------------------------------------------------------------------------------------
+
+    def _engine_main(self, loop: asyncio.AbstractEventLoop, reporter: Reporter) -> None:
+        """The engine thread: load, report, run."""
+
+        def died(error: EngineDied) -> None:
+            self._bridge.died(error)
+            loop.call_soon_threadsafe(self._on_failure, error)
+
+        try:
+            from vserve.assemble import assemble
+
+            engine = assemble(self._config, self._inbox, self._bridge.publish, died, reporter)
+        except BaseException as error:  # whatever it is, L must hear of it: it waits for nothing else
+            reporter.end()
+            loop.call_soon_threadsafe(self._on_failure, error)
+            return
+        gc.collect()
+        gc.freeze()  # what was made at start stays: the collector need not look at it again
+        loop.call_soon_threadsafe(self._on_ready, engine)
+        engine.loop.run()
+
+    # ---- L -----------------------------------------------------------------------------------------------------
+
+    def _progress(self, progress: Progress) -> None:
+        self._app.starting(progress.phase, progress.share)  # any thread may
+
+    def _on_ready(self, engine: Engine) -> None:
+        from vserve.api.app import Model
+
+        config, source = self._config, engine.source
+        self._engine = engine
+        names = config.served_model_name or (source.name,)
+        self._app.ready(
+            Model(
+                names=names,
+                tokenizer=engine.tokenizer,
+                template=engine.template,
+                bridge=self._bridge,
+                waiting=self._inbox,
+                max_model_len=engine.plan.max_model_len,
+                vocab_size=source.config.vocab_size,
+                generation_config=source.generation_config,
+                heartbeat=engine.heartbeat,
+            )
+        )
+        self._welcome(engine, names[0])
+
+    def _welcome(self, engine: Engine, name: str) -> None:
+        """Say where, what and how fast, and give a line to try."""
+        address = self._http.addresses[0]
+        if self._config.uds is not None:
+            url, option = "http://localhost", f"--unix-socket {address} "
+        else:
+            # What is bound to every address is reached by the loopback one.
+            url = f"http://{address}".replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+            option = ""
+        key = " -H 'authorization: Bearer KEY'" if self._config.api_key else ""
+        took = time.perf_counter() - self._began_s
+        print(engine.plan.explain())
+        print(f"vserve {__version__} serves {name} on {engine.device.type} at {url} (ready in {took:.1f} s)")
+        print(
+            f"try: curl {option}{url}/v1/chat/completions{key} -H 'content-type: application/json' "
+            """-d '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 32}'""",
+            flush=True,
+        )
+
+    def _on_failure(self, error: BaseException) -> None:
+        self._failure = error
+        self._stop.set()
+        self._hurry.set()
+
+    def _on_signal(self) -> None:
+        self._signals += 1
+        self._app.drain()
+        self._http.drain()
+        self._stop.set()
+        if self._signals > 1:
+            self._hurry.set()
+
+    async def _end(self) -> int:
+        """Drain, stop the engine, close the sockets; returns the exit code."""
+        if self._failure is None:
+            await self._drained()
+        if self._app.replies:
+            self._app.abort(Unavailable("The server is shutting down; this reply was cut short."))
+        if self._engine is not None:
+            self._engine.loop.stop()
+        await self._http.close(STOP_GRACE_S)
+        self._app.stopped()
+        if self._engine is not None:
+            self._thread.join(ENGINE_JOIN_S)
+        if isinstance(self._failure, StartupError):
+            raise self._failure
+        if isinstance(self._failure, EngineDied):
+            log.error("%s", self._failure)
+            return EXIT_ENGINE_DIED
+        if self._failure is not None:
+            log.error("the server could not start", exc_info=self._failure)
+            return EXIT_BUG
+        return 0
+
+    async def _drained(self) -> None:
+        """Wait until nothing is in flight, the drain timeout has passed or somebody is in a hurry."""
+        idle = asyncio.ensure_future(self._http.wait_idle(self._config.drain_timeout_s))
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        await asyncio.wait({idle, hurry}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (idle, hurry):
+            task.cancel()
+
+
+def _access_line(entry: object) -> None:
+    """One finished exchange as a line on stderr."""
+    log.info("%s", entry)
