@@ -1,0 +1,91 @@
+"""Compile every launch of a decode and a prefill step for an H100, on a machine without one.  Run by a test.
+
+The interpreter takes programs that the compiler refuses (a variable whose shape changes in a loop, say).  Launches are
+caught on their way to the driver; what they would run is compiled to machine code and thrown away.  Prints a line each.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+HOPPER = GPUTarget("cuda", 90, 32)
+NAMES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+def compile_launch(self: JITFunction, *args: object, grid: object, warmup: bool, **options: object) -> None:
+    """In place of JITFunction.run: the argument types, constants and alignments that a launch would compile for."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], object] = {}
+    attributes: dict[tuple[int], list[list[object]]] = {}
+    for place, (parameter, value) in enumerate(zip(self.params, args, strict=True)):
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(place,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + NAMES[value.dtype]
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            assert isinstance(value, int)
+            signature[parameter.name] = "i32"
+            if value % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+    triton.compile(ASTSource(self, signature, constants, attributes), target=HOPPER, options=options)
+    print(self.fn.__name__)
+
+
+JITFunction.run = compile_launch
+
+from vserve.kernels import attention_decode, attention_prefill, gemv, norm, rope, sampling  # noqa: E402
+from vserve.kernels.activation import silu_mul  # noqa: E402
+
+
+def some(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype)
+
+
+def main() -> None:
+    int32, int64, single = torch.int32, torch.int64, torch.float32
+    rows = 4
+    for heads, kv_heads, width in ((32, 8, 128), (6, 2, 96)):
+        cache = some(10, 16, 2, kv_heads, width)
+        keys, values, q = cache[:, :, 0], cache[:, :, 1], some(rows, heads, width)
+        lens, tables = some(rows, dtype=int32), some(rows, 8, dtype=int32)
+        attention_decode.decode_attention(q, keys, values, lens, tables, 0.1, early=True)
+        starts = some(rows + 1, dtype=int32)
+        attention_prefill.prefill_attention(q, keys, values, starts, lens, tables, 0.1, early=True)
+        angles = some(rows, width // 2, dtype=single)
+        k, weight = some(rows, kv_heads, width), some(width)
+        slots = some(rows, dtype=int64)
+        rope.norm_rope_and_write(q, k, k, weight, weight, 1e-5, angles, angles, keys, values, slots, early=True)
+    logits, one, ids = some(rows, 9000, dtype=single), some(rows, dtype=single), some(rows, dtype=int64)
+    counts, lists = some(rows, 9000, dtype=int32), some(rows, 300, dtype=int32)
+    sampling.sample(logits, one, lens, one, one, ids, ids)
+    sampling.token_logprobs(logits, ids)
+    sampling.bias_and_ban(logits, ids, ids, lists, some(rows, 300, dtype=single), lists[:, :5].contiguous(), ids)
+    sampling.penalise(logits, ids, counts, one, one, one)
+    sampling.count_tokens(counts, ids, ids)
+    for m in (1, 2, 8):
+        gemv.gemv(some(m, 2048), some(4096, 2048), norm=some(2048), residual=some(m, 4096), early=True)
+        gemv.gated_gemv(some(m, 576), some(4096, 576), norm=some(576), bias=some(4096))
+    norm.add_rms_norm(some(rows, 576), some(rows, 576), some(576), 1e-5, early=True)
+    silu_mul(some(rows, 2048), early=True)
+
+
+if __name__ == "__main__":
+    main()
