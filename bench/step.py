@@ -18,6 +18,10 @@ from pathlib import Path
 # In place of this folder: bench/http.py would hide the standard library's package from torch.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from vserve.model import cpu  # noqa: E402
+
+os.environ.update(cpu.library_environment(os.environ, reduced_precision=False))  # as the server does, before torch
+
 import torch  # noqa: E402
 
 from bench import record  # noqa: E402

@@ -49,7 +49,7 @@ class MemoryWeights:
         return StoredTensor(name, KINDS[tensor.dtype], tuple(tensor.shape), tensor)
 
 
-def random_model(seed: int = 0, **settings: object) -> LlamaForCausalLM:
+def random_model(seed: int = 0, /, **settings: object) -> LlamaForCausalLM:
     """A small random Llama; settings are LlamaConfig's.  Spread wide enough that attention is far from uniform."""
     torch.manual_seed(seed)
     shape: dict[str, object] = {
@@ -62,7 +62,8 @@ def random_model(seed: int = 0, **settings: object) -> LlamaForCausalLM:
         "max_position_embeddings": 256,
         "initializer_range": 0.15,
     }
-    model = LlamaForCausalLM(LlamaConfig(**(shape | settings))).eval()
+    model = LlamaForCausalLM(LlamaConfig.from_dict(shape | settings))
+    model.train(False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
@@ -90,7 +91,8 @@ def decoder_of(model: LlamaForCausalLM, dtype: torch.dtype = torch.float32) -> D
 @torch.inference_mode()
 def judged(model: LlamaForCausalLM, ids: Sequence[int]) -> Tensor:
     """transformers' logits of every position [T, V]."""
-    return model(torch.tensor([ids])).logits[0]
+    logits: Tensor = model(torch.tensor([ids])).logits[0]
+    return logits
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:

@@ -56,27 +56,29 @@ def judge() -> LlamaForCausalLM:
     config = found().config
     with torch.device("meta"):
         model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=config.vocab_size,
-                hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
-                num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_heads,
-                num_key_value_heads=config.num_kv_heads,
-                max_position_embeddings=config.max_position,
-                rms_norm_eps=config.rms_norm_eps,
-                rope_theta=config.rope_theta,
-                tie_word_embeddings=True,
+            LlamaConfig.from_dict(
+                {
+                    "vocab_size": config.vocab_size,
+                    "hidden_size": config.hidden_size,
+                    "intermediate_size": config.intermediate_size,
+                    "num_hidden_layers": config.num_layers,
+                    "num_attention_heads": config.num_heads,
+                    "num_key_value_heads": config.num_kv_heads,
+                    "max_position_embeddings": config.max_position,
+                    "rms_norm_eps": config.rms_norm_eps,
+                    "rope_theta": config.rope_theta,
+                    "tie_word_embeddings": True,
+                }
             )
         )
     weights = found().open_weights()
     dense = {name: weights.get(name).dense() for name in weights.names()}
     model.load_state_dict(dense, strict=False, assign=True)
     model.tie_weights()
-    rotary = type(model.model.rotary_emb)(model.config)
-    model.model.rotary_emb = rotary
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
-    return model.eval()
+    model.train(False)
+    return model
 
 
 @cache

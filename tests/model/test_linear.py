@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vserve.model import linear, quant
-from vserve.model.kinds import Kind
+from vserve.model.kinds import LAYOUTS, Kind
 from vserve.model.linear import GroupedLinear, PackedLinear, PlainLinear, dense_linear
 from vserve.model.weights import StoredTensor
 
@@ -30,7 +30,7 @@ def stored_matrix(kind: Kind, rows: int, cols: int) -> StoredTensor:
     try:
         raw = quants.quantize(values, GGMLQuantizationType[kind])
     except NotImplementedError:  # the oracle reads the K kinds but does not write them
-        layout = quant.LAYOUTS[kind]
+        layout = LAYOUTS[kind]
         raw = np.random.default_rng(1).integers(0, 256, (rows, cols // layout.block_size, layout.block_bytes), np.uint8)
         raw[..., :4] = np.array([0.01, 0.02], np.float16).view(np.uint8)
     return StoredTensor("w", kind, (rows, cols), torch.from_numpy(raw.reshape(-1).copy()))

@@ -19,13 +19,13 @@ _WAITING: Final = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 SAFE_ISA: Final = "AVX512_CORE_FP16"
 """The widest instruction set without tiles; oneDNN lowers it to what the processor has."""
 
-SPIN_COUNT: Final = "1000"
-"""Rounds that an idle OpenMP thread spins before it sleeps: some 15 microseconds, the gap between two operations of a
-step.  libgomp's own value is a thousand times that.
+SPIN_COUNT: Final = "3000"
+"""Rounds that an idle OpenMP thread spins before it sleeps: some 50 microseconds, the gap between two operations of a
+step.  libgomp's own value is a hundred times that and more.
 
-Measured on 2 cores: a chain of 60 linears of 30 to 60 microseconds on 2 threads, least ms with both cores free, and
-median ms with one of them busy: default 3.6 and 106; 20000: 3.7 and 39; 1000: 3.7 and 12; 0 (which is
-OMP_WAIT_POLICY=passive): 6.9 and 15.  On one thread: 4.6 and 9 (vserve/model/threads.py).
+Median ms of a decode step of SmolLM2-135M at batch 1 and 4 on 2 free cores: libgomp's value 8.7 and 16.8; 30000: 8.9
+and 17.1; 3000: 9.2 and 17.7; 1000: 10.4 and 20.1; 300: 15.4 and 33.6.  Beside a busy process the order turns round:
+a chain of linears that takes 4 ms alone took 106 with libgomp's value, 39 with 20000, 12 with 1000.
 """
 
 _PROBE_LIMIT_S: Final = 60.0

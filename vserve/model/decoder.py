@@ -64,7 +64,7 @@ class Decoder:
         Every position must be below config.max_position and every id below config.vocab_size: the caller checks.
         """
         if self._threads is not None:
-            self._threads.prepare(step.ids.shape[0])
+            self._threads.prepare()
         ops, eps = self._ops, self.config.rms_norm_eps
         plan = ops.plan(
             step.positions,

@@ -135,7 +135,10 @@ class GroupedLinear:
             return torch.cat((flat, sums, sums, sums))
         grouped = x.view(rows, self._groups, GROUP)
         flat = grouped.transpose(0, 1).reshape(-1)
-        return torch.cat((flat, grouped.sum(2).repeat(1, _ZERO_BYTES).view(-1))) if self._zero_rows else flat
+        if not self._zero_rows:
+            return flat
+        sums = grouped.sum(2)
+        return torch.cat((flat, torch.cat((sums, sums, sums), dim=1).view(-1)))
 
     def _dequantised(self, x: Tensor) -> Tensor:
         """The whole product through a float32 copy of one tile at a time."""

@@ -1,28 +1,100 @@
-"""How many CPU threads a step is computed with.
+"""How many CPU threads a step is computed with: all of them, or all but one while a neighbour wants a core.
 
-Two things set it.  A decode step is made of regions of 10 to 50 microseconds; when the threads of such a region do not
-all run at once, because the event loop or a neighbour has one of the cores, each region waits for the scheduler's
-next slice, and a step of 5 ms takes 100.  So small steps leave one core free.  A long prompt has regions of
-milliseconds, and there the last core pays.  Called on the engine's thread only: PyTorch's setting is per thread.
+A decode step is a chain of regions of 10 to 50 microseconds, each shared by the threads.  While another process has one
+of the cores, every region waits for the scheduler to bring the late thread in, and a step on all threads takes two to
+four times what it takes on one fewer (bench/step.py on two cores: 9 ms alone; beside a busy process 25 to 45 on two
+threads, 10 on one).  So the processor time of everyone else is looked at a few times a second.  Results differ with the
+number of threads by rounding only.  G only: PyTorch's setting is per thread.
 """
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
 import torch
 
-SMALL_STEP_TOKENS = 2
-"""Most tokens of a step that leaves one core free."""
+LOOK_EVERY_S: Final = 0.5
+"""The kernel counts in ticks of 10 ms: a shorter look would see mostly its own error."""
+
+SHARED_CORES: Final = 0.3
+"""Cores that others use on average while we leave them one; a client on this machine takes less."""
+
+_TICK_S: Final = 0.01
+"""What /proc/stat counts in on Linux, whatever the kernel's own tick."""
+
+_IDLE: Final = frozenset((4, 5, 9, 10))
+"""Words of a cpu line that are no work of others: idle, waiting for disk, and guest time, which user time holds too."""
+
+
+class Neighbours:
+    """Cores used by other processes, and other virtual machines, on the processors that this process may run on.
+
+    stat: the text of /proc/stat; empty where there is none, and then there are no neighbours.
+    """
+
+    def __init__(
+        self,
+        cpus: frozenset[int],
+        stat: Callable[[], str],
+        own_s: Callable[[], float] = time.process_time,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._names = frozenset(f"cpu{number}" for number in cpus)
+        self._stat, self._own_s, self._clock = stat, own_s, clock
+        self._last = self._read()
+
+    def look(self) -> float:
+        """Cores used by others on average since the last look, or since this was made; 0.0 when no time has passed."""
+        before, self._last = self._last, self._read()
+        span_s = self._last[0] - before[0]
+        return max(0.0, (self._last[1] - before[1]) / span_s) if span_s > 0.0 else 0.0
+
+    def _read(self) -> tuple[float, float]:
+        """(now, seconds of others' work), in seconds."""
+        ticks = 0
+        for line in self._stat().splitlines():
+            words = line.split()
+            if words and words[0] in self._names:
+                ticks += sum(int(word) for place, word in enumerate(words) if place and place not in _IDLE)
+        return self._clock(), ticks * _TICK_S - self._own_s() if ticks else 0.0
 
 
 class StepThreads:
-    """Sets PyTorch's threads for steps on a machine whose full count is all_threads (default: PyTorch's own count)."""
+    """Sets PyTorch's threads before each step: all_threads (default: PyTorch's own count), or one fewer."""
 
-    def __init__(self, all_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        all_threads: int | None = None,
+        neighbours: Neighbours | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._all = torch.get_num_threads() if all_threads is None else all_threads
-        self._few = max(1, self._all - 1)
+        self._neighbours = neighbours or Neighbours(_own_cpus(), _read_stat)
+        self._clock = clock
+        self._wanted = self._all
+        self._next_look_s = clock() + LOOK_EVERY_S
 
-    def prepare(self, tokens: int) -> None:
-        """For a step of so many tokens."""
-        wanted = self._few if tokens <= SMALL_STEP_TOKENS else self._all
-        if torch.get_num_threads() != wanted:
-            torch.set_num_threads(wanted)
+    def prepare(self) -> None:
+        """Before a step."""
+        now = self._clock()
+        if now >= self._next_look_s:
+            self._next_look_s = now + LOOK_EVERY_S
+            shared = self._neighbours.look() > SHARED_CORES
+            self._wanted = max(1, self._all - 1) if shared else self._all
+        if torch.get_num_threads() != self._wanted:
+            torch.set_num_threads(self._wanted)
+
+
+def _own_cpus() -> frozenset[int]:
+    return frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
+
+
+def _read_stat() -> str:
+    try:
+        return Path("/proc/stat").read_text()
+    except OSError:
+        return ""
