@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
+import multiprocessing
 import os
 import random
 import signal
@@ -21,18 +23,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # In place of this folder, not beside it: bench/http.py would hide the standard library's http.
 sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.client import Sample, closed_loop, poisson, request_bytes, summary, text_prompt
+from bench.client import Sample, closed_loop, percentile, poisson, request_bytes, summary, text_prompt
 from bench.record import ROOT, emit
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 START_LIMIT_S = 300.0
+CONNECTIONS = 16
+"""Streams that one client process reads: more, and the client would be the limit."""
+PING_GAP_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +52,19 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is asked: requests in flight (or a rate a second), how many in all, words in and tokens out."""
+    """What is asked: requests in flight (or a rate a second), how many in all, words in and tokens out.
+
+    input_len: exactly so many random token ids below vocab_size in place of words.  ping: GET /ping all the while.
+    """
 
     concurrency: int
     requests: int
     words: int
     output_len: int
     rate: float | None = None
+    input_len: int | None = None
+    vocab_size: int = 0
+    ping: bool = False
 
 
 def free_port() -> int:
@@ -103,7 +114,7 @@ def bodies(load: Load, rng: random.Random) -> list[bytes]:
             "/v1/completions",
             {
                 "model": None,
-                "prompt": text_prompt(rng, load.words),
+                "prompt": prompt(load, rng),
                 "max_tokens": load.output_len,
                 "temperature": 0,
                 "stream": True,
@@ -116,13 +127,78 @@ def bodies(load: Load, rng: random.Random) -> list[bytes]:
     ]
 
 
-def measure(target: Target, load: Load, seed: int) -> tuple[list[Sample], float]:
-    """One round of the load against the target."""
+def prompt(load: Load, rng: random.Random) -> str | list[int]:
+    """Random words, or random ids where their number is asked for."""
+    if load.input_len is None:
+        return text_prompt(rng, load.words)
+    return [rng.randrange(load.vocab_size) for _ in range(load.input_len)]
+
+
+@dataclass(slots=True)
+class Round:
+    """What one round saw: samples, its wall time in seconds, and seconds of each GET /ping."""
+
+    samples: list[Sample]
+    wall_s: float
+    pings_s: list[float]
+
+
+def measure(target: Target, load: Load, seed: int) -> Round:
+    """One round of the load against the target, from as many client processes as it takes."""
+    with multiprocessing.get_context("fork").Pool(clients(load) + 1) as pool:
+        stop_file = Path(os.environ.get("TMPDIR", "/tmp")) / f"bench-stop-{os.getpid()}"
+        stop_file.unlink(missing_ok=True)
+        pings = pool.apply_async(ping_until, (target.port, stop_file)) if load.ping else None
+        parts = [pool.apply_async(drive, (target.port, part, seed * 100 + i)) for i, part in enumerate(split(load))]
+        done = [part.get() for part in parts]
+        stop_file.touch()
+        seconds = pings.get() if pings is not None else []
+        stop_file.unlink(missing_ok=True)
+    samples = [sample for part, _ in done for sample in part]
+    return Round(samples, max(wall for _, wall in done), seconds)
+
+
+def clients(load: Load) -> int:
+    """Client processes: one for every CONNECTIONS requests in flight; an open loop has one."""
+    return 1 if load.rate is not None else -(-load.concurrency // CONNECTIONS)
+
+
+def split(load: Load) -> list[Load]:
+    """The load of each client process."""
+    num = clients(load)
+    return [
+        replace(
+            load,
+            concurrency=load.concurrency * (i + 1) // num - load.concurrency * i // num,
+            requests=load.requests * (i + 1) // num - load.requests * i // num,
+        )
+        for i in range(num)
+    ]
+
+
+def drive(port: int, load: Load, seed: int) -> tuple[list[Sample], float]:
+    """One client process's part.  The requests are made before the clock starts."""
     rng = random.Random(seed)
     requests = bodies(load, rng)
+    gc.disable()
     if load.rate is not None:
-        return asyncio.run(poisson("127.0.0.1", target.port, requests, load.rate, rng))
-    return asyncio.run(closed_loop("127.0.0.1", target.port, requests, load.concurrency))
+        return asyncio.run(poisson("127.0.0.1", port, requests, load.rate, rng))
+    return asyncio.run(closed_loop("127.0.0.1", port, requests, load.concurrency))
+
+
+def ping_until(port: int, stop: Path) -> list[float]:
+    """Seconds of GET /ping, one after another on one connection, PING_GAP_S apart, until the file is there."""
+    seconds = []
+    with socket.create_connection(("127.0.0.1", port)) as line:
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        while not stop.exists():
+            began = time.perf_counter()
+            line.sendall(b"GET /ping HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            if not line.recv(4096).startswith(b"HTTP/1.1 200"):
+                raise SystemExit("GET /ping did not answer 200")
+            seconds.append(time.perf_counter() - began)
+            time.sleep(PING_GAP_S)
+    return seconds
 
 
 def resident_mib(pid: int) -> float:
@@ -133,13 +209,17 @@ def resident_mib(pid: int) -> float:
     return 0.0
 
 
-def report(target: Target, load: Load, rounds: Sequence[tuple[list[Sample], float]], record: bool) -> None:
+def report(target: Target, load: Load, rounds: Sequence[Round], record: bool) -> None:
     """Add the rounds up and emit one line."""
-    samples = [sample for part, _ in rounds for sample in part]
+    samples = [sample for part in rounds for sample in part.samples]
     numbers: dict[str, object] = {"server": target.name, "concurrency": load.concurrency}
     if load.rate is not None:
         numbers |= {"rate": load.rate}
-    numbers |= summary(samples, sum(wall for _, wall in rounds))
+    numbers |= summary(samples, sum(part.wall_s for part in rounds))
+    pings = [ping * 1e3 for part in rounds for ping in part.pings_s]
+    if pings:
+        shares = {"p50": 0.5, "p99": 0.99, "max": 1.0}
+        numbers |= {f"ping_ms_{name}": round(percentile(pings, share), 3) for name, share in shares.items()}
     if target.start_s is not None:
         numbers["start_s"] = round(target.start_s, 2)
     if target.pid is not None:
@@ -169,7 +249,11 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=2, help="rounds for each server, interleaved A B B A")
     parser.add_argument("--words", type=int, default=100, help="words of a prompt (about 1.2 tokens each)")
+    parser.add_argument("--input-len", type=int, help="prompts of exactly so many random token ids in place of words")
+    parser.add_argument("--vocab-size", type=int, default=32000, help="ids of --input-len are below this")
     parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--warm-up-len", type=int, default=8, help="tokens of each answer of the warm-up round")
+    parser.add_argument("--ping", action="store_true", help="also time GET /ping under the load")
     parser.add_argument("--record", action="store_true", help="append the lines to bench/results/serve.jsonl")
     parser.add_argument("--serve-args", default="", help="more arguments for vserve serve, separated by blanks")
     args = parser.parse_args()
@@ -193,10 +277,13 @@ def main() -> None:
             targets.append(stack.enter_context(running("llama-cpp-python", command, port, "/v1/models")))
         for concurrency in map(int, args.concurrency.split(",")):
             count = args.requests or max(8, 4 * concurrency)
-            load = Load(concurrency, count, args.words, args.output_len, args.rate)
+            load = Load(
+                concurrency, count, args.words, args.output_len, args.rate, args.input_len, args.vocab_size, args.ping
+            )
             for target in targets:  # one round to warm up: lazy tables, first touches, caches
-                measure(target, Load(concurrency, concurrency, args.words, 8, None), seed=1)
-            rounds: dict[str, list[tuple[list[Sample], float]]] = {target.name: [] for target in targets}
+                warm = args.warm_up_len
+                measure(target, replace(load, requests=concurrency, output_len=warm, rate=None, ping=False), seed=1)
+            rounds: dict[str, list[Round]] = {target.name: [] for target in targets}
             for turn in range(args.rounds):
                 for target in targets if turn % 2 == 0 else reversed(targets):
                     rounds[target.name].append(measure(target, load, seed=100 + turn))
