@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,6 +21,7 @@ from vserve.engine.request import Emit, EngineStats, GenRequest, RequestId, Samp
 from vserve.engine.runner import Runner
 from vserve.engine.scheduler import Limits, Scheduler
 from vserve.errors import EngineDied, StartupError
+from vserve.model.decoder import Decoder
 from vserve.model.loader import load
 from vserve.model.memory import CachePlan, gib, host_budget, host_memory, plan_cache
 from vserve.model.source import ModelSource, SourceKind, resolve
@@ -28,6 +30,9 @@ from vserve.observe.progress import Reporter
 from vserve.text import gguf_vocab
 from vserve.text.template import ChatTemplate, find_templates
 from vserve.text.tokenizer import Tokenizer, has_tokenizer
+
+if TYPE_CHECKING:  # its kernels need Triton, which torch for CPUs comes without
+    from vserve.engine.cuda_runner import CudaRunner
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WARM_UP_TOKENS = 32
@@ -42,6 +47,8 @@ class Sizes:
 
 
 SIZES = {"cpu": Sizes(32, 512), "cuda": Sizes(256, 8192)}
+PREFILL_TARGET = 512
+"""About where products of a GPU stop being bound by reading the weights."""
 CPU_CHUNK = 128
 """Prompt tokens of a CPU step that also decodes; a GPU's are measured."""
 
@@ -109,7 +116,7 @@ def assemble(
         max_num_batched_tokens=tokens,
         max_model_len=plan.max_model_len,
         max_prefill_chunk=config.max_prefill_chunk or chunk,
-        prefill_target=None if device.type == "cpu" else config.max_prefill_chunk or chunk,
+        prefill_target=None if device.type == "cpu" else PREFILL_TARGET,
         prefix_caching=config.enable_prefix_caching,
         vocab_size=source.config.vocab_size,
     )

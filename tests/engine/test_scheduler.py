@@ -125,6 +125,7 @@ LIMITS = st.builds(
     max_num_batched_tokens=st.integers(1, 20),
     max_model_len=st.just(24),
     max_prefill_chunk=st.integers(1, 8),
+    prefill_target=st.none() | st.integers(1, 8),
     prefix_caching=st.booleans(),
 )
 # Few ids and shared beginnings, so that prefixes meet.
@@ -450,3 +451,37 @@ def test_cancel_all_ends_everything_with_the_error() -> None:
 def test_a_limit_below_one_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=name):
         limits(**{name: 0})
+
+
+def prompt_tokens(plan: Plan) -> list[int]:
+    """Prompt tokens of each sequence that the plan takes in."""
+    return [work.num_tokens for work in plan.works[plan.num_decodes :]]
+
+
+def test_with_a_prefill_target_a_step_takes_one_whole_prompt_or_some_short_ones() -> None:
+    scheduler = Scheduler(
+        limits(max_num_batched_tokens=64, max_prefill_chunk=16, prefill_target=8, num_blocks=200, max_num_seqs=8)
+    )
+    for name, length in enumerate((20, 3, 3, 3, 3)):
+        scheduler.add(request(name, list(range(length))), 0.0)
+    first, second = scheduler.plan(0.0), scheduler.plan(0.0)
+    assert first is not None
+    assert second is not None
+    assert prompt_tokens(first) == [20]
+    assert second.num_decodes == 1
+    assert prompt_tokens(second) == [3, 3, 2]
+
+
+@pytest.mark.parametrize(("waiting", "taken"), [(1, 6), (10, 8), (11, 16), (40, 24)])
+def test_a_backlog_widens_the_chunks_beside_decodes_up_to_their_limit(waiting: int, taken: int) -> None:
+    scheduler = Scheduler(
+        limits(max_num_batched_tokens=64, max_prefill_chunk=24, prefill_target=8, num_blocks=400, max_num_seqs=64)
+    )
+    scheduler.add(request(0, [1, 2, 3, 4]), 0.0)
+    assert scheduler.plan(0.0) is not None
+    for name in range(1, waiting + 1):
+        scheduler.add(request(name, [name + 9, 2, 3, 4, 5, 6]), 0.0)
+    plan = scheduler.plan(0.0)
+    assert plan is not None
+    assert plan.num_decodes == 1
+    assert sum(prompt_tokens(plan)) == taken

@@ -51,6 +51,7 @@ class EngineLoop:
 
     publish: takes what one turn produced and the stats; must not block.  died: called at most once, as the last act,
     when the loop ends for any reason but ``stop``.  depth: steps in flight, 1 or 2.  clock: time.monotonic.
+    idle: work for moments when nothing lives, a little each call; False: there is none left.
     owns_gc: switch the collector off while running and collect when idle; for a process that serves and does little
     else.
     """
@@ -65,6 +66,7 @@ class EngineLoop:
         heartbeat: Heartbeat,
         *,
         depth: int = 1,
+        idle: Callable[[], bool] | None = None,
         clock: Callable[[], float] = time.monotonic,
         owns_gc: bool = False,
     ) -> None:
@@ -75,6 +77,7 @@ class EngineLoop:
         self._died = died
         self._heartbeat = heartbeat
         self._depth = depth
+        self._idle = idle
         self._clock = clock
         self._collector = _Collector() if owns_gc else None
         self._in_flight: deque[tuple[Plan, Pending]] = deque()
@@ -152,6 +155,11 @@ class EngineLoop:
             # plan() promises a step while anything lives and nothing is in flight; without it clients would hang
             raise RuntimeError(f"{self._scheduler.live} sequences live and no step is possible")
         self._heartbeat.idle(now_s)
+        if self._idle is not None:
+            self._inbox.park(SETTLE_S)  # clients often come in a row: what is between them is not idle yet
+            if self._inbox.size or self._stopping or self._idle():
+                return
+            self._idle = None
         if self._collector is not None and self._collector.due:
             self._inbox.park(SETTLE_S)
             if self._inbox.size == 0 and not self._stopping:

@@ -23,6 +23,7 @@ import secrets
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vserve.engine.pages import PagePool
 from vserve.engine.prefix import PrefixCache
@@ -36,8 +37,11 @@ class Limits:
 
     max_num_seqs: sequences that hold blocks at once, and the number of rows.  max_num_batched_tokens: tokens of one
     step.  max_prefill_chunk: prompt tokens of a step that also decodes, so that decodes never wait long; a step
-    without decodes takes whole prompts.  max_model_len: prompt and answer together.  vocab_size: when given, a prompt
-    id outside it is refused here, whatever the caller checked.
+    without decodes takes whole prompts.  prefill_target: where tokens of one step cost less up to so many and the same
+    beyond (a GPU).  A step that decodes takes so many prompt tokens, and more, up to max_prefill_chunk, only while
+    many wait; a step that does not takes one prompt, and others only up to so many.  None: as many as may be.
+    max_model_len: prompt and answer together.  vocab_size: when given, a prompt id outside it is refused here,
+    whatever the caller checked.
     """
 
     num_blocks: int
@@ -46,6 +50,7 @@ class Limits:
     max_num_batched_tokens: int
     max_model_len: int
     max_prefill_chunk: int = 256
+    prefill_target: int | None = None
     prefix_caching: bool = True
     vocab_size: int | None = None
 
@@ -68,6 +73,17 @@ class Limits:
         return min(self.max_model_len, self.num_blocks * self.block_size + 1)
 
 
+class _Room(NamedTuple):
+    """Prompt tokens that a step may take: for one prompt alone, and in all once it takes several."""
+
+    first: int
+    further: int
+
+
+BACKLOG = 8
+"""A step takes a further prefill_target of prompt tokens for every so many of them that wait."""
+
+
 def _order(sequence: Sequence) -> tuple[int, int]:
     return sequence.order
 
@@ -84,6 +100,7 @@ class Scheduler:
         self.pool = PagePool(limits.num_blocks)
         self._prefix = PrefixCache(self.pool, limits.block_size, enabled=limits.prefix_caching)
         self._draw_seed = draw_seed
+        self._prefill_target = limits.prefill_target or limits.max_num_batched_tokens
         self._live: dict[RequestId, Sequence] = {}
         self._waiting: list[Sequence] = []  # both lists are sorted by (priority, arrival)
         self._running: list[Sequence] = []
@@ -204,18 +221,28 @@ class Scheduler:
         full: dict[bytes, int] = {}  # key -> block that this step completes
         self._plan_decodes(works, full)
         decodes = len(works)
-        allowance = self.limits.max_num_batched_tokens - decodes
-        if decodes:
-            allowance = min(allowance, self.limits.max_prefill_chunk)
-        spent = 0
+        room, spent = self._room(decodes), 0
         if self._prefilling:
             for sequence in self._running:
+                allowance = room.further if spent else room.first
                 if spent < allowance and sequence.state is State.PREFILL:
                     spent += self._plan_chunk(sequence, allowance - spent, works, full)
-        if self._waiting and spent < allowance:
-            spent += self._admit(allowance - spent, works, full, now_s)
+        if self._waiting:
+            spent = self._admit(room, spent, works, full, now_s)
         self._prefix.name(full)
         return Plan(works, decodes, decodes + spent) if works else None
+
+    def _room(self, decodes: int) -> _Room:
+        """Prompt tokens for a step of so many decodes."""
+        limits, target = self.limits, self._prefill_target
+        left = limits.max_num_batched_tokens - decodes
+        if not decodes:
+            return _Room(left, min(left, target))
+        # Whole multiples: a runner has its shapes for those.  A prompt that comes alone is taken alone: prompts taken
+        # together end together and come back together, and then each waits for all.
+        wanted = target * (1 + self._waiting_tokens // (BACKLOG * target))
+        allowance = min(left, limits.max_prefill_chunk, wanted)
+        return _Room(allowance, allowance)
 
     def _plan_decodes(self, works: list[Work], full: dict[bytes, int]) -> None:
         block_size, running, decode = self.limits.block_size, self._running, State.DECODE
@@ -265,13 +292,19 @@ class Scheduler:
         self._prefix.note_full(sequence, full)
         return count
 
-    def _admit(self, allowance: int, works: list[Work], full: dict[bytes, int], now_s: float) -> int:
-        """Move waiting sequences to running, in order, while tokens, rows and blocks last; returns tokens planned."""
+    def _admit(self, room: _Room, spent: int, works: list[Work], full: dict[bytes, int], now_s: float) -> int:
+        """Move waiting sequences to running, in order, while tokens, rows and blocks last.
+
+        spent: prompt tokens of the step so far; returns what they are afterwards.
+        """
         limits, pool, waiting = self.limits, self.pool, self._waiting
         most = min(limits.max_num_seqs, limits.max_num_batched_tokens)  # so that every decode fits a step
-        place = spent = 0
+        place = 0
         # Rows limit how far deferred sequences are looked past, too: the scan stays short however long the line is.
-        while spent < allowance and place < min(len(waiting), limits.max_num_seqs):
+        while place < min(len(waiting), limits.max_num_seqs):
+            allowance = room.further if spent else room.first
+            if spent >= allowance:
+                break
             sequence = waiting[place]
             if not self._rows or len(self._running) >= most or sequence.in_flight:
                 break
@@ -312,19 +345,19 @@ class Scheduler:
     def commit(self, plan: Plan, results: Results, now_s: float) -> list[Emit]:
         """Take what the oldest uncommitted plan drew; at most one Emit a sequence, none for those that had ended."""
         emits: list[Emit] = []
-        draw = 0
+        ids, logprobs, errors = results.ids, results.logprobs, results.errors
+        finished, draw = State.FINISHED, 0
         for sequence, _, _, samples, _ in plan.works:
             sequence.in_flight -= 1
             if samples:
                 sequence.pending -= 1
-                if sequence.state is not State.FINISHED:
-                    error = results.errors.get(draw)
-                    if error is None:
-                        emits.append(self._accept(sequence, results.ids[draw], results.logprobs.get(draw), now_s))
+                if sequence.state is not finished:
+                    if errors and draw in errors:
+                        emits.append(self._end(sequence, FinishReason.ERROR, now_s, errors[draw], spoiled=True))
                     else:
-                        emits.append(self._end(sequence, FinishReason.ERROR, now_s, error, spoiled=True))
+                        emits.append(self._accept(sequence, ids[draw], logprobs.get(draw) if logprobs else None, now_s))
                 draw += 1
-            if not sequence.in_flight and sequence in self._leaving:
+            if not sequence.in_flight and self._leaving and sequence in self._leaving:
                 self._leaving.discard(sequence)
                 self._release(sequence)
         self._steps += 1
@@ -341,7 +374,7 @@ class Scheduler:
             return self._end(sequence, FinishReason.STOP, now_s, ids=(token,), stop_id=token, logprobs=entry)
         if len(sequence.tokens) >= sequence.max_length:
             return self._end(sequence, FinishReason.LENGTH, now_s, ids=(token,), logprobs=entry)
-        return Emit(id=sequence.id, ids=(token,), logprobs=entry, cached_tokens=sequence.cached_tokens or 0)
+        return Emit(sequence.id, (token,), None, None, entry, sequence.cached_tokens or 0)
 
     def _end(
         self,

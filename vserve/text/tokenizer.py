@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 import tokenizers
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from vserve.errors import BadRequest, StartupError, shorten
 
@@ -102,6 +102,21 @@ class Tokenizer:
                 eos_id if config.get("add_eos_token") is True else None,
             )
         return cls(core, bos_id=bos_id, eos_ids=eos_ids, special_tokens=special_tokens)
+
+    @classmethod
+    def of_bytes(cls, vocab_size: int) -> Tokenizer:
+        """One token a byte, and further tokens up to vocab_size ids that no text becomes: for models made of noise.
+
+        Those read "t300" for id 300, so that whatever is drawn shows as text.  StartupError below 256 ids.
+        """
+        if vocab_size < 256:
+            raise StartupError(f"a tokenizer of bytes needs 256 ids, the model has {vocab_size}")
+        vocab = byte_alphabet()
+        vocab |= {f"t{id}": id for id in range(256, vocab_size)}
+        core = tokenizers.Tokenizer(models.BPE(vocab, []))
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        core.decoder = decoders.ByteLevel()
+        return cls(core, bos_id=None, eos_ids=(), special_tokens={}, pieces=sorted(vocab, key=vocab.__getitem__))
 
     @property
     def bos_token(self) -> str | None:
@@ -196,6 +211,11 @@ class Tokenizer:
                 twin.encode_special_tokens = True
                 self._literal = twin
             return self._literal
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder has the files of a tokenizer, readable or not."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
 def wrap_with(core: tokenizers.Tokenizer, bos_id: int | None, eos_id: int | None) -> None:

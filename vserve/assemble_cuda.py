@@ -1,0 +1,98 @@
+"""The CUDA half of assembling an engine: memory for steps, the runner, its first graphs, and the chunk size.
+
+Knows model and engine; G only.  Running out of the GPU's memory is a StartupError that says what took it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from typing import Final
+
+import torch
+
+from vserve.engine.cuda_runner import MAX_GRAPH_TOKENS, CudaRunner
+from vserve.engine.shapes import MIXED_CHUNKS, Shape
+from vserve.errors import StartupError
+from vserve.model.config import ModelConfig
+from vserve.model.gpu_decoder import GpuDecoder
+from vserve.model.memory import CachePlan, gib, step_bytes
+from vserve.observe.progress import Reporter
+
+log = logging.getLogger(__name__)
+
+LIBRARIES_BYTES: Final = 3 << 28
+"""Reserved for graphs, compiled kernels and the libraries' workspaces."""
+MIXED_STEP_S: Final = 0.015
+"""A step that decodes and takes in a prompt should last no longer: it is the gap that every stream then sees."""
+CHUNK_UNIT: Final = 512
+CHUNK_MOST: Final = 2048
+PROBE_TOKENS: Final = 512
+FIRST_DECODES: Final = (1, 8)
+
+
+def reserve_bytes(config: ModelConfig, *, max_num_seqs: int, max_tokens: int, element_bytes: int) -> int:
+    """What must stay free of the KV cache: the largest step by kernels, one of a graph, and what libraries take."""
+    draws = max_num_seqs + min(MIXED_CHUNKS, max_num_seqs)
+    eager = step_bytes(config, tokens=max_tokens, draws=draws, element_bytes=element_bytes)
+    graph = step_bytes(config, tokens=min(max_tokens, MAX_GRAPH_TOKENS), draws=draws, element_bytes=element_bytes)
+    return eager + graph + LIBRARIES_BYTES
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn a lack of GPU memory while doing `what` into a StartupError with the numbers and the flags to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info()
+        wanted = str(error).split("Tried to allocate", 1)[-1].split(".  ")[0].split(". GPU", 1)[0].strip()
+        raise StartupError(
+            f"out of GPU memory while {what}: {wanted or 'more'} wanted, {gib(free)} of {gib(total)} free; lower "
+            "--gpu-memory-utilization, --max-num-batched-tokens or --max-num-seqs, or take a smaller model"
+        ) from None
+
+
+def make_runner(
+    decoder: GpuDecoder, plan: CachePlan, *, max_num_seqs: int, max_tokens: int, reporter: Reporter
+) -> CudaRunner:
+    """The runner over a new KV cache, with the few graphs that serving starts with."""
+    with explained("making the KV cache"):
+        cache = decoder.new_cache(plan.num_blocks, plan.block_size)
+        runner = CudaRunner(
+            decoder, cache, max_num_seqs=max_num_seqs, max_model_len=plan.max_model_len, max_tokens=max_tokens
+        )
+    reporter.begin("capturing CUDA graphs")
+    first = first_shapes(runner)
+    with explained("capturing CUDA graphs"):
+        for number, shape in enumerate(first):
+            began = time.perf_counter()
+            runner.capture(shape)
+            log.info("captured %s in %.2f s", shape, time.perf_counter() - began)
+            reporter.update(number + 1, len(first))
+        torch.cuda.synchronize()
+    return runner
+
+
+def first_shapes(runner: CudaRunner) -> list[Shape]:
+    """One decode shape that every batch fits, the smallest ones, and the prompts of one chunk."""
+    buckets = runner.buckets
+    most = buckets.decode[-1]
+    sizes = sorted({size for size in (*FIRST_DECODES, most) if size <= most}, reverse=True)
+    shapes = [Shape(size, size, 0) for size in sizes]
+    tokens = min(PROBE_TOKENS, buckets.tokens[-1]) if buckets.tokens else 0
+    if tokens:
+        # A whole chunk alone, and beside few and many decodes.
+        shapes += [buckets.choose(decodes, 1, tokens + decodes) for decodes in (0, min(most, 32), most)]
+    return shapes
+
+
+def prefill_chunk(runner: CudaRunner) -> int:
+    """Prompt tokens that a step of about MIXED_STEP_S takes in, by the time of one that was measured."""
+    shape = runner.buckets.choose(0, 1, min(PROBE_TOKENS, runner.buckets.tokens[-1]))
+    rate = shape.tokens / runner.seconds(shape)
+    chunk = max(CHUNK_UNIT // 2, min(CHUNK_MOST, int(rate * MIXED_STEP_S) // CHUNK_UNIT * CHUNK_UNIT))
+    log.info("prefill runs at %.0f tokens a second: chunks of %d tokens beside decodes", rate, chunk)
+    return chunk
