@@ -43,6 +43,9 @@ __all__ = [
     "token_logprobs",
 ]
 
+EARLY_ROWS = 4
+"""Kernels of more rows are not launched early: on an H100 it took 8 % off an 8B step of one row and added 3 % at 8."""
+
 
 @dataclass(slots=True, eq=False)
 class StepPlan:
@@ -182,4 +185,4 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def _early(x: Tensor) -> bool:
-    return x.is_cuda and early.supported(x.device.index)
+    return x.is_cuda and x.shape[0] <= EARLY_ROWS and early.supported(x.device.index)
