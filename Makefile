@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(wildcard /dev/nvidia0),,-c constraints-cpu.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: serve test check bench dist clean
+.PHONY: serve test test-gpu check bench bench-gpu dist clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -40,6 +40,9 @@ test: $(VENV)/.test     ## everything that must hold: style, types, tests
 	@$(BIN)/mypy --strict vserve bench
 	@$(BIN)/python -m pytest $(ARGS)
 
+test-gpu:               ## what needs a GPU; from the checkout, with the python that has torch for CUDA
+	@PYTHONPATH=. $(PYTHON) -m pytest tests/gpu tests/kernels $(ARGS)
+
 check: $(VENV)/.test    ## style and types only: seconds
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -49,6 +52,19 @@ bench: $(VENV)/.test    ## the front end alone, one step, and the whole server; 
 	@$(BIN)/python bench/http.py
 	@$(BIN)/python bench/step.py
 	@$(BIN)/python bench/serve.py
+
+GPU_SERVE := --load-format dummy --no-enable-prefix-caching
+GPU_LOAD := --rounds 1 --input-len 512 --output-len 128 --ping
+
+bench-gpu:              ## steps and the whole server on a GPU, random weights of three sizes; a few minutes
+	@for model in llama-1b llama-8b smollm-135m; do \
+	  PYTHONPATH=. $(PYTHON) bench/step_gpu.py --model bench/models/$$model $(ARGS) || exit; done
+	@PYTHONPATH=. $(PYTHON) bench/serve.py $(GPU_LOAD) --concurrency 1,8,32,128,256 --vocab-size 128256 \
+	  --name llama-1b --serve-args "bench/models/llama-1b $(GPU_SERVE)" $(ARGS)
+	@PYTHONPATH=. $(PYTHON) bench/serve.py $(GPU_LOAD) --concurrency 1,8,32,128 --vocab-size 128256 \
+	  --name llama-8b --serve-args "bench/models/llama-8b $(GPU_SERVE)" $(ARGS)
+	@PYTHONPATH=. $(PYTHON) bench/serve.py $(GPU_LOAD) --concurrency 1 --vocab-size 49152 \
+	  --name smollm-135m --serve-args "bench/models/smollm-135m $(GPU_SERVE)" $(ARGS)
 
 dist: $(VENV)/.test     ## wheel and sdist in dist/
 	@$(PIP) install build
