@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -87,14 +88,15 @@ def assemble(
     with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as beside:
         words = beside.submit(_words, config, source)
         reporter.begin("loading weights")
-        decoder = load(
-            source,
-            device=device,
-            dtype=dtype,
-            load_format=config.load_format,
-            seed=config.seed,
-            progress=reporter.update,
-        )
+        with _explained(device, "loading weights"):
+            decoder = load(
+                source,
+                device=device,
+                dtype=dtype,
+                load_format=config.load_format,
+                seed=config.seed,
+                progress=reporter.update,
+            )
         tokenizer, template = words.result()
     tokenizer.check_fits(source.config.vocab_size)
     reporter.begin("making the KV cache")
@@ -128,6 +130,15 @@ def assemble(
     depth = 1 if device.type == "cpu" else 2
     loop = EngineLoop(inbox, Scheduler(limits), runner, publish, died, heartbeat, depth=depth, idle=idle, owns_gc=True)
     return Engine(source, tokenizer, template, loop, heartbeat, plan, device)
+
+
+def _explained(device: torch.device, what: str) -> AbstractContextManager[None]:
+    """Where a GPU's memory may run out: a StartupError with the numbers then."""
+    if device.type == "cpu":
+        return nullcontext()
+    from vserve import assemble_cuda
+
+    return assemble_cuda.explained(what)
 
 
 def _runner(

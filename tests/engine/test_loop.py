@@ -323,3 +323,21 @@ def test_an_engine_that_owns_the_collector_leaves_it_as_it_was() -> None:
         server.wait(lambda: 1 in server.ends())
         assert not gc.isenabled()
     assert gc.isenabled()
+
+
+def test_an_idle_engine_does_its_spare_work_until_there_is_none() -> None:
+    calls: list[int] = []
+    done = threading.Event()
+
+    def spare() -> bool:
+        calls.append(len(calls))
+        if len(calls) == 3:
+            done.set()
+        return len(calls) < 3
+
+    with Server(depth=2, idle=spare) as server:
+        assert done.wait(PATIENCE_S)
+        server.inbox.put(request(1))
+        server.wait_for_end(1)
+        assert server.text(1) == solo(request(1))
+    assert len(calls) == 3

@@ -9,11 +9,17 @@ from fakes_gpu import Engine, Parts, config, cuda_runner, plain_runner
 from vserve.engine.request import FinishReason, GenRequest, RequestId, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
+SIZES = {"max_num_seqs": 4, "max_num_batched_tokens": 32}
 
 
 @pytest.fixture(scope="module")
 def parts() -> Parts:
-    return Parts(config(), torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
+    # One layer of few heads: interpreted, a kernel's program takes milliseconds.
+    return Parts(
+        config(layers=1, heads=2, kv_heads=1),
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        torch.float32,
+    )
 
 
 def requests(count: int, max_tokens: int, **more: object) -> list[GenRequest]:
@@ -23,16 +29,19 @@ def requests(count: int, max_tokens: int, **more: object) -> list[GenRequest]:
     ]
 
 
-@pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize(
-    "limits",
-    [{}, {"max_num_batched_tokens": 16, "max_prefill_chunk": 3}, {"num_blocks": 5, "prefix_caching": False}],
+    ("depth", "limits"),
+    [
+        (1, {}),
+        (2, {"max_num_batched_tokens": 16, "max_prefill_chunk": 3}),
+        (2, {"num_blocks": 4, "prefix_caching": False}),
+    ],
     ids=["roomy", "small chunks", "few blocks"],
 )
 def test_every_text_is_that_of_the_plain_runner(parts: Parts, depth: int, limits: dict[str, int]) -> None:
-    wanted = requests(5, 9)
-    engine = Engine(cuda_runner(parts), depth, **limits)
-    assert engine.run(wanted) == Engine(plain_runner(parts), 1).run(wanted)
+    wanted = requests(4, 9)
+    engine = Engine(cuda_runner(parts), depth, **(SIZES | limits))
+    assert engine.run(wanted) == Engine(plain_runner(parts), 1, **SIZES).run(wanted)
     if "num_blocks" in limits:
         assert engine.scheduler.stats().preemptions_total > 0
 
@@ -46,9 +55,9 @@ def test_penalties_biases_bans_and_logprobs_are_those_of_the_plain_runner(parts:
         GREEDY,
     ]
     stops = frozenset(range(0, 97, 2))
-    wanted = [GenRequest(RequestId(i), [1 + i, 2, 3], 6, kind) for i, kind in enumerate(kinds)]
-    wanted.append(GenRequest(RequestId(9), [8, 9], 12, GREEDY, min_tokens=4, stop_ids=stops))
-    engine, plain = Engine(cuda_runner(parts)), Engine(plain_runner(parts))
+    wanted = [GenRequest(RequestId(i), [1 + i, 2, 3], 4, kind) for i, kind in enumerate(kinds)]
+    wanted.append(GenRequest(RequestId(9), [8, 9], 8, GREEDY, min_tokens=3, stop_ids=stops))
+    engine, plain = Engine(cuda_runner(parts), **SIZES), Engine(plain_runner(parts), **SIZES)
     assert engine.run(wanted) == plain.run(wanted)
     for one, other in zip(
         sorted(engine.emits, key=lambda emit: emit.id), sorted(plain.emits, key=lambda emit: emit.id), strict=True
@@ -63,27 +72,27 @@ def test_penalties_biases_bans_and_logprobs_are_those_of_the_plain_runner(parts:
 
 def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch(parts: Parts) -> None:
     sampling = SamplingParams(temperature=1.2, top_k=20, top_p=0.9, min_p=0.01, seed=5)
-    wanted = [GenRequest(RequestId(name), [name + 1, 2, 3], 6, sampling) for name in range(3)]
-    alone = {request.id: Engine(cuda_runner(parts), 1).run([request])[request.id] for request in wanted}
-    assert Engine(cuda_runner(parts)).run(wanted) == alone
+    wanted = [GenRequest(RequestId(name), [name + 1, 2, 3], 4, sampling) for name in range(2)]
+    alone = {request.id: Engine(cuda_runner(parts), 1, **SIZES).run([request])[request.id] for request in wanted}
+    assert Engine(cuda_runner(parts), **SIZES).run(wanted) == alone
     assert len({tuple(text) for text in alone.values()}) > 1
 
 
 def test_parameters_that_cannot_be_used_end_their_request_and_no_other(parts: Parts) -> None:
-    engine = Engine(cuda_runner(parts))
+    engine = Engine(cuda_runner(parts), **SIZES)
     good = requests(2, 4)
     bad = GenRequest(RequestId(9), [1], 5, SamplingParams(logit_bias=((2**70, 1.0),)))
     texts = engine.run([bad, *good])
     assert [emit.finish for emit in engine.emits if emit.id == 9] == [FinishReason.ERROR]
-    plain = Engine(plain_runner(parts)).run(good)
+    plain = Engine(plain_runner(parts), **SIZES).run(good)
     assert {request.id: texts[request.id] for request in good} == plain
 
 
 def test_a_row_that_can_draw_nothing_ends_its_request(parts: Parts) -> None:
-    engine = Engine(cuda_runner(parts))
+    engine = Engine(cuda_runner(parts), **SIZES)
     banned = GenRequest(RequestId(9), [1, 2], 5, GREEDY, min_tokens=3, stop_ids=frozenset(range(97)))
     good = requests(1, 3)
     texts = engine.run([banned, *good])
     (end,) = [emit for emit in engine.emits if emit.id == 9]
     assert end.finish is FinishReason.ERROR
-    assert texts[0] == Engine(plain_runner(parts)).run(good)[0]
+    assert texts[0] == Engine(plain_runner(parts), **SIZES).run(good)[0]

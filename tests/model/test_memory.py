@@ -8,7 +8,7 @@ import pytest
 
 from vserve.errors import StartupError
 from vserve.model.config import Architecture, ModelConfig
-from vserve.model.memory import GIB, host_budget, host_memory, plan_cache, token_bytes
+from vserve.model.memory import GIB, host_budget, host_memory, plan_cache, step_bytes, token_bytes
 
 CONFIG = ModelConfig(
     architecture=Architecture.LLAMA,
@@ -68,3 +68,9 @@ def test_the_control_group_counts(tmp_path: Path, limit: str | None, used: str |
 def test_a_host_gives_a_quarter_and_at_most_4_gib() -> None:
     assert host_budget(8 * GIB) == 2 * GIB
     assert host_budget(100 * GIB) == 4 * GIB
+
+
+def test_a_step_takes_its_widest_layer_and_its_logits() -> None:
+    small = step_bytes(CONFIG, tokens=16, draws=1, element_bytes=2)
+    assert small == 16 * (3 * 1536 + 2 * 15 * 64 + 4 * 576) * 2 + 49152 * 6
+    assert step_bytes(CONFIG, tokens=16, draws=2, element_bytes=2) == small + 49152 * 6

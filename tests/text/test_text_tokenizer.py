@@ -246,3 +246,18 @@ def test_a_tokenizer_larger_than_the_model_does_not_fit(smollm: Tokenizer) -> No
     smollm.check_fits(50000)
     with pytest.raises(StartupError, match=r"49152 tokens, the model 32000"):
         smollm.check_fits(32000)
+
+
+def test_a_tokenizer_of_bytes_spells_every_text_and_every_id() -> None:
+    tokenizer = Tokenizer.of_bytes(300)
+    text = "h\u00e9llo <|x|>\n\u4e16 \x00"
+    ids = tokenizer.encode(text)
+    assert ids == list(text.encode())
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode([256, 299, 33]) == "t256t299!"
+    assert tokenizer.vocab_size == 300
+
+
+def test_a_tokenizer_of_bytes_needs_all_of_them() -> None:
+    with pytest.raises(StartupError, match="256"):
+        Tokenizer.of_bytes(255)
