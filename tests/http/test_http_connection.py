@@ -1085,6 +1085,7 @@ def test_drain_closes_idle_connections_and_ends_the_others_with_their_reply() ->
     async def main() -> None:
         edge = Edge()
         idle, busy, streaming, partial = (edge.connect() for _ in range(4))
+        idle.send(PING)
         busy.send(HOLD)
         streaming.send(HOLD)
         edge.held.last.start_stream(200, "text/plain")
@@ -1098,6 +1099,27 @@ def test_drain_closes_idle_connections_and_ends_the_others_with_their_reply() ->
         await turns()
         assert head_of(busy)["connection"] == head_of(partial)["connection"] == "close"
         assert (busy.lost, streaming.lost, partial.lost) == (True, True, True)
+        edge.server.site.stop_sweeping()
+
+    run(main)
+
+
+def test_a_connection_whose_first_request_is_on_its_way_is_still_answered_while_draining() -> None:
+    async def main() -> None:
+        edge = Edge()
+        early, silent = edge.connect(), edge.connect()
+        edge.server.drain()
+        await turns()
+        assert not early.lost
+        early.send(PING)
+        await turns()
+        assert head_of(early)["connection"] == "close"
+        assert early.lost
+        assert not silent.lost
+        edge.clock.now_s += Limits().header_s + 0.1
+        edge.server.site.sweep(edge.clock())
+        await turns()
+        assert silent.lost
         edge.server.site.stop_sweeping()
 
     run(main)

@@ -56,6 +56,7 @@ class Connection(asyncio.Protocol):
         "_refusal",
         "_serving",
         "_site",
+        "_spoken",
         "_state",
         "_task",
         "_transport",
@@ -84,6 +85,7 @@ class Connection(asyncio.Protocol):
         self._reading = True
         self._refusal: ApiError | None = None  # this connection is one too many
         self._serving = False  # inside _advance, which flushes at its end
+        self._spoken = False  # the peer has sent something
         self._turn: asyncio.Handle | None = None  # _advance goes on in the next pass of the loop
         self.address = self.peer = ""
         self.deadline_s = math.inf
@@ -108,6 +110,7 @@ class Connection(asyncio.Protocol):
         self.deadline_s = site.clock() + (site.limits.keep_alive_s if self._refusal is None else site.limits.header_s)
 
     def data_received(self, data: bytes) -> None:
+        self._spoken = True
         state, parser = self._state, self._parser
         if state is State.IDLE and parser.clean:
             known = self._site.known.get(data)
@@ -546,6 +549,13 @@ class Connection(asyncio.Protocol):
             self.drop()
         else:
             self.retire()
+
+    def drain(self) -> None:
+        """Close unless a request is under way, or a first one may be: its sender is owed a reply, not a reset."""
+        if self._spoken:
+            self.retire()
+        else:
+            self.deadline_s = min(self.deadline_s, self._site.clock() + self._site.limits.header_s)
 
     def retire(self) -> None:
         """Close unless a request is under way: keep-alive has run out, or the server drains."""

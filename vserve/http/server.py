@@ -118,10 +118,10 @@ class HttpServer:
         self._servers.append(server)
 
     def drain(self) -> None:
-        """From now on every reply ends its connection, and idle connections are closed.  Accepting goes on."""
+        """From now on every reply ends its connection, and idle ones that were used are closed.  Accepting goes on."""
         self.site.draining = True
         for peer in list(self.site.connections):
-            peer.retire()
+            peer.drain()
 
     async def wait_idle(self, timeout_s: float) -> bool:
         """Wait until no request is in flight; False if that takes longer than timeout_s."""
@@ -136,7 +136,9 @@ class HttpServer:
         for server in self._servers:
             server.close()
         self._remove_uds()
-        self.drain()
+        site.draining = True
+        for peer in list(site.connections):
+            peer.retire()
         await self.wait_idle(grace_s)
         if not site.active:
             await site.quiet(lambda: not site.connections, min(grace_s, LAST_REPLIES_S))
