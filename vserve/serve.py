@@ -33,7 +33,7 @@ SWITCH_INTERVAL_S = 100e-6
 STOP_GRACE_S = 1.0
 STALL_GRACE_S = 0.5
 """At the end for a stall: all streams have their error event, and it takes at most twice this to reach them."""
-ENGINE_JOIN_S = 5.0
+ENGINE_JOIN_S = 1.0
 EXIT_BUG = 1
 EXIT_ENGINE_DIED = 3
 
