@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -256,3 +257,40 @@ def test_help_and_version_exit_0(arguments: list[str]) -> None:
     done = run(*arguments)
     assert done.returncode == 0
     assert done.stdout
+
+
+def test_a_killed_server_is_back_on_its_port_at_once() -> None:
+    with serving() as first:
+        before = ask(first, "The three primary colours are", 8)
+        reply, lines = begin(first, 2000)
+        first.process.kill()
+        with reply, pytest.raises(requests.RequestException):  # it is not told, but it sees that the stream is cut
+            for _ in lines:
+                pass
+        with serving("--port", str(first.port)) as second:
+            assert second.port == first.port
+            assert ask(second, "The three primary colours are", 8) == before
+
+
+def test_at_the_limit_of_descriptors_accepting_recovers_when_there_are_some_again(server: Server) -> None:
+    process = server.process.pid
+    used = len(list(Path(f"/proc/{process}/fd").iterdir()))
+    limits = resource.prlimit(process, resource.RLIMIT_NOFILE)
+    reply, lines = begin(server, 300)
+    resource.prlimit(process, resource.RLIMIT_NOFILE, (used + 20, limits[1]))
+    peers = []
+    try:
+        for _ in range(60):  # three times what it can take
+            peer = socket.socket()
+            peer.setblocking(False)
+            peer.connect_ex(("127.0.0.1", server.port))
+            peers.append(peer)
+        with reply:  # who was there before is served to the end
+            rest = [line for line in lines if line.startswith(b"data: ")]
+        assert rest[-1] == b"data: [DONE]"
+    finally:
+        for peer in peers:
+            peer.close()
+        resource.prlimit(process, resource.RLIMIT_NOFILE, limits)
+    assert requests.get(f"{server.url}/health", timeout=10).status_code == 200
+    wait_until_idle(server)
