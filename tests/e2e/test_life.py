@@ -236,11 +236,11 @@ def test_bad_starts_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
         cases: list[tuple[list[str], str]] = [
             (["serve", "--prot", "1"], "--prot"),
             (["serve", "--port", "x"], "--port"),
-            (["serve", str(tmp_path / "missing")], "missing"),
-            (["serve", str(empty)], "empty.gguf"),
-            (["serve", str(text)], "model.gguf"),
-            (["serve", str(folder)], "config.json"),
-            (["serve", str(strange)], "MambaForCausalLM"),
+            (["serve", str(tmp_path / "missing"), "--port", "0"], "missing"),
+            (["serve", str(empty), "--port", "0"], "empty.gguf"),
+            (["serve", str(text), "--port", "0"], "model.gguf"),
+            (["serve", str(folder), "--port", "0"], "config.json"),
+            (["serve", str(strange), "--port", "0"], "MambaForCausalLM"),
             (["serve", "--host", "127.0.0.1", "--port", port], port),
         ]
         for arguments, named in cases:
