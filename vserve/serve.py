@@ -8,6 +8,7 @@ cli.py's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import faulthandler
 import gc
 import logging
@@ -16,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vserve import __version__
@@ -132,9 +134,13 @@ class _Service:
     def _engine_main(self, loop: asyncio.AbstractEventLoop, reporter: Reporter) -> None:
         """The engine thread: load, report, run."""
 
+        def tell(callback: Callable[..., None], *args: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has closed: the server ended while this loaded
+                loop.call_soon_threadsafe(callback, *args)
+
         def died(error: EngineDied) -> None:
             self._bridge.died(error)
-            loop.call_soon_threadsafe(self._on_failure, error)
+            tell(self._on_failure, error)
 
         try:
             from vserve.assemble import assemble
@@ -142,11 +148,11 @@ class _Service:
             engine = assemble(self._config, self._inbox, self._bridge.publish, died, reporter)
         except BaseException as error:  # whatever it is, L must hear of it: it waits for nothing else
             reporter.end()
-            loop.call_soon_threadsafe(self._on_failure, error)
+            tell(self._on_failure, error)
             return
         gc.collect()
         gc.freeze()  # what was made at start stays: the collector need not look at it again
-        loop.call_soon_threadsafe(self._on_ready, engine)
+        tell(self._on_ready, engine)
         engine.loop.run()
 
     # ---- L -----------------------------------------------------------------------------------------------------
