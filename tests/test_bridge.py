@@ -200,6 +200,19 @@ def test_stats_are_told_once_a_wake_up(both: Both) -> None:
     assert [stats.steps_total for stats in seen] == [2]
 
 
+def test_whoever_counts_the_stats_and_fails_stops_no_stream(both: Both, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(stats: EngineStats) -> None:
+        raise RuntimeError("the counter broke")
+
+    both.bridge.on_stats = broken
+    name, sink = next(iter(both.sinks.items()))
+    for token in range(3):
+        both.bridge.publish([Emit(name, (token,))], EngineStats())
+        both.settle()
+    assert sink.ids == [0, 1, 2]
+    assert "the counter broke" in caplog.text
+
+
 def test_merged_emits_add_up() -> None:
     name, timing = RequestId(1), Timing(0, 1, 2, 3)
     logprobs = [TokenLogprobs(-float(place), 1) for place in range(3)]

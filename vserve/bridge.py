@@ -106,7 +106,10 @@ class Bridge:
             return
         self._gather()
         if self.on_stats is not None:
-            self.on_stats(self.stats)
+            try:
+                self.on_stats(self.stats)
+            except Exception:  # the round below would never be run, and every stream would wait for ever
+                log.exception("the engine's stats could not be counted")
         self._fan_out()
 
     def _gather(self) -> None:

@@ -1,7 +1,8 @@
 """The command line: argv -> Config -> a command, and the exit code.
 
 Exit codes: 0 done, or drained after a signal; 1 a bug; 2 a flag, a file or an address that cannot be used (one line on
-stderr says which); 3 the engine died while serving.  Nothing heavy is imported before argv has been understood.
+stderr says which); 3 the engine died while serving, or hung with --exit-on-stall.  Nothing heavy is imported before
+argv has been understood.
 """
 
 from __future__ import annotations

@@ -126,6 +126,14 @@ class Config:
     max_queue: int = _option(
         1024, "requests that may wait before new ones get 429", "server", low=1, high=1_000_000, unit="requests"
     )
+    max_queued_tokens: int = _option(
+        2**20,
+        "prompt tokens of waiting requests before new ones get 429; one longer prompt may wait alone",
+        "server",
+        low=1,
+        high=2**40,
+        unit="tokens",
+    )
     max_connections: int = _option(
         8192, "open connections before new ones get 503", "server", low=1, high=1_000_000, unit="connections"
     )
@@ -142,7 +150,15 @@ class Config:
         30.0, "time that streams in flight get after SIGTERM", "server", low=0, high=3600, unit="seconds"
     )
     stall_timeout_s: float = _option(
-        60.0, "a step longer than this turns /health to 503", "server", low=1, high=86400, unit="seconds"
+        60.0,
+        "a step longer than this turns /health to 503 and has the stacks of all threads written to stderr",
+        "server",
+        low=1,
+        high=86400,
+        unit="seconds",
+    )
+    exit_on_stall: bool = _option(
+        False, "end every stream with an error and exit with code 3 at --stall-timeout", "server"
     )
     access_log: bool = _option(False, "one line on stderr for each request", "server")
 

@@ -158,6 +158,10 @@ class EngineDied(Exception):
     """The step loop ended; no request can be served any more.  Reaches every open and later stream."""
 
 
+class EngineStalled(EngineDied):
+    """The step loop hangs, and the operator wants the process to end then."""
+
+
 def shorten(value: object, limit: int = ECHO_LIMIT) -> str:
     """The value as it may stand in a message: escaped repr, at most limit characters, cut marked with an ellipsis."""
     # Cut before repr: a megabyte of input must not be escaped only to be thrown away.

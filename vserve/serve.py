@@ -8,6 +8,7 @@ cli.py's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import faulthandler
 import gc
 import logging
@@ -16,13 +17,15 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vserve import __version__
 from vserve.config import Config
-from vserve.errors import EngineDied, StartupError, Unavailable
+from vserve.errors import EngineDied, EngineStalled, StartupError, Unavailable
 from vserve.model import cpu
 from vserve.observe.progress import Progress, Reporter
+from vserve.observe.watchdog import Watchdog
 
 if TYPE_CHECKING:  # torch comes with it: imported on G, while L already answers probes
     from vserve.assemble import Engine
@@ -30,7 +33,9 @@ if TYPE_CHECKING:  # torch comes with it: imported on G, while L already answers
 SWITCH_INTERVAL_S = 100e-6
 """A thread waits at most this long for the GIL: 5 ms, the default, would be several steps (DESIGN.md, costs)."""
 STOP_GRACE_S = 1.0
-ENGINE_JOIN_S = 5.0
+STALL_GRACE_S = 0.5
+"""At the end for a stall: all streams have their error event, and it takes at most twice this to reach them."""
+ENGINE_JOIN_S = 1.0
 EXIT_BUG = 1
 EXIT_ENGINE_DIED = 3
 
@@ -48,7 +53,14 @@ def serve(config: Config) -> int:
 
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_Service(config).run())
+        service = _Service(config)
+        code = runner.run(service.run())
+        if service.engine_runs:
+            # A thread stuck in the device, or still loading, may block or crash the interpreter's own end.
+            logging.shutdown()
+            sys.stdout.flush()
+            os._exit(code)
+        return code
 
 
 class _Service:
@@ -62,6 +74,12 @@ class _Service:
         self._hurry = asyncio.Event()
         self._failure: BaseException | None = None
         self._engine: Engine | None = None
+        self._watchdog: Watchdog | None = None
+
+    @property
+    def engine_runs(self) -> bool:
+        """Whether the engine thread is still there.  After ``run``: it did not end when it was told to."""
+        return self._thread.is_alive()
 
     async def run(self) -> int:
         """The whole life.  Raises StartupError when the server cannot start as asked."""
@@ -85,6 +103,7 @@ class _Service:
                 request_timeout_s=config.request_timeout_s,
                 stall_timeout_s=config.stall_timeout_s,
                 max_queue=config.max_queue,
+                max_queued_tokens=config.max_queued_tokens,
             )
         )
         entries = table(self._app)
@@ -100,7 +119,7 @@ class _Service:
             await self._http.listen(config.host, config.port)
         else:
             await self._http.listen(uds=config.uds)
-        self._inbox = Inbox(config.max_queue, retry_after=self._app.retry_after_s)
+        self._inbox = Inbox(config.max_queue, token_limit=config.max_queued_tokens, retry_after=self._app.retry_after_s)
         self._bridge = Bridge(loop, self._inbox)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
@@ -115,9 +134,13 @@ class _Service:
     def _engine_main(self, loop: asyncio.AbstractEventLoop, reporter: Reporter) -> None:
         """The engine thread: load, report, run."""
 
+        def tell(callback: Callable[..., None], *args: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has closed: the server ended while this loaded
+                loop.call_soon_threadsafe(callback, *args)
+
         def died(error: EngineDied) -> None:
             self._bridge.died(error)
-            loop.call_soon_threadsafe(self._on_failure, error)
+            tell(self._on_failure, error)
 
         try:
             from vserve.assemble import assemble
@@ -125,11 +148,11 @@ class _Service:
             engine = assemble(self._config, self._inbox, self._bridge.publish, died, reporter)
         except BaseException as error:  # whatever it is, L must hear of it: it waits for nothing else
             reporter.end()
-            loop.call_soon_threadsafe(self._on_failure, error)
+            tell(self._on_failure, error)
             return
         gc.collect()
         gc.freeze()  # what was made at start stays: the collector need not look at it again
-        loop.call_soon_threadsafe(self._on_ready, engine)
+        tell(self._on_ready, engine)
         engine.loop.run()
 
     # ---- L -----------------------------------------------------------------------------------------------------
@@ -156,6 +179,13 @@ class _Service:
                 heartbeat=engine.heartbeat,
             )
         )
+        self._watchdog = Watchdog(
+            engine.heartbeat,
+            config.stall_timeout_s,
+            sys.stderr,
+            on_stall=self._on_stall if config.exit_on_stall else None,
+        )
+        self._watchdog.start()
         self._welcome(engine, names[0])
 
     def _welcome(self, engine: Engine, name: str) -> None:
@@ -176,6 +206,11 @@ class _Service:
             """-d '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 32}'""",
             flush=True,
         )
+
+    def _on_stall(self, reason: str) -> None:
+        error = EngineStalled(f"The engine hangs: {reason}")
+        self._bridge.died(error)  # as if it had ended: every open and later stream fails
+        asyncio.get_running_loop().call_soon(self._on_failure, error)
 
     def _on_failure(self, error: BaseException) -> None:
         self._failure = error
@@ -198,9 +233,12 @@ class _Service:
             self._app.abort(Unavailable("The server is shutting down; this reply was cut short."))
         if self._engine is not None:
             self._engine.loop.stop()
-        await self._http.close(STOP_GRACE_S)
+        if self._watchdog is not None:
+            self._watchdog.stop()
+        stalled = isinstance(self._failure, EngineStalled)
+        await self._http.close(STALL_GRACE_S if stalled else STOP_GRACE_S)
         self._app.stopped()
-        if self._engine is not None:
+        if self._engine is not None and not stalled:
             self._thread.join(ENGINE_JOIN_S)
         if isinstance(self._failure, StartupError):
             raise self._failure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 
 import pytest
@@ -11,6 +12,7 @@ from vserve.api.access import Keys
 from vserve.api.app import App
 from vserve.api.defaults import Defaults
 from vserve.api.generation import ignored_header
+from vserve.api.keepalive import KeepAlive
 from vserve.api.load import Usage
 from vserve.api.ops import prefers_plain
 from vserve.api.requests import Drawing
@@ -166,3 +168,28 @@ def test_every_route_is_guarded_but_the_probes() -> None:
     }  # fmt: skip
     assert len({entry.name for entry in entries}) == len(entries)
     assert all(route.body == (route.method == "POST" and route.auth != OPEN) for route in routes(entries))
+
+
+def test_a_stream_that_fails_at_its_comment_silences_no_other() -> None:
+    class Quiet:
+        def __init__(self, broken: bool) -> None:
+            self.broken = broken
+            self.ticks = 0
+            self.ticked = asyncio.Event()
+
+        def tick(self) -> None:
+            self.ticks += 1
+            if self.broken:
+                raise RuntimeError("a comment broke")
+            if self.ticks == 3:
+                self.ticked.set()
+
+    async def run() -> None:
+        streams = [Quiet(True), Quiet(False), Quiet(True)]
+        keep_alive = KeepAlive(0.002)
+        for stream in streams:
+            keep_alive.add(stream)
+        await asyncio.wait_for(streams[1].ticked.wait(), 10)
+        keep_alive.close()
+
+    asyncio.run(run())

@@ -12,8 +12,9 @@ from tests.fakes_api import EOS_ID, LETTERS, options, parse_events
 from vserve.api.app import App
 from vserve.api.choice import Choice, Reading
 from vserve.api.completions import CompletionDialect
+from vserve.api.reply import CountsNow
 from vserve.api.requests import parse_completion
-from vserve.api.shapes import Head, TokenText
+from vserve.api.shapes import Head, Piece, TokenText
 from vserve.api.stream import StreamReply
 from vserve.bridge import Bridge
 from vserve.engine.inbox import Inbox
@@ -57,7 +58,7 @@ class Wire:
 class Stage:
     """A StreamReply of some choices on a Wire."""
 
-    def __init__(self, n: int = 1, **fields: Any) -> None:
+    def __init__(self, n: int = 1, wording: type[CompletionDialect] = CompletionDialect, **fields: Any) -> None:
         head = RequestHead("POST", "/", "/", "", (1, 1), Headers(), None, False, True, False)
         self.wire = Wire()
         self.exchange = Exchange(self.wire, head, "id", 0.0)
@@ -72,7 +73,7 @@ class Stage:
         self.choices = [
             Choice(i, i == 0, prompt, GenRequest(self.bridge.next_id(), prompt, 50), reading, "") for i in range(n)
         ]
-        dialect = CompletionDialect(Head("cmpl-1", 1, "m", "fp"), wanted, TokenText(LETTERS, False))
+        dialect = wording(Head("cmpl-1", 1, "m", "fp"), wanted, TokenText(LETTERS, False))
         self.reply = StreamReply(self.app, self.bridge, self.exchange, dialect, self.choices, ())
         self.task = asyncio.create_task(self.reply.run())
 
@@ -292,5 +293,29 @@ def test_log_probabilities_of_held_back_text_still_go_out_with_their_tokens() ->
         ]
         assert seen == [("", ["z"]), ("za", ["a"]), ("", None)]
         await stage.task
+
+    play(scene)
+
+
+def test_a_reply_that_fails_as_its_client_catches_up_ends_with_an_error_and_stops_its_work() -> None:
+    class Broken(CompletionDialect):
+        def chunk(self, choice: Choice, piece: Piece, counts: CountsNow) -> bytes:
+            raise RuntimeError("a chunk broke")
+
+    async def scene() -> None:
+        stage = Stage(wording=Broken)
+        await asyncio.sleep(0)
+        stage.wire.writable = False
+        stage.push(0, "a")
+        stage.wire.writable = True
+        assert stage.exchange.on_writable is not None
+        stage.exchange.on_writable()
+        events = stage.take()
+        assert events[-2]["error"]["code"] == 500
+        assert events[-1] == "[DONE]"
+        assert len(stage.cancelled()) == 1
+        assert stage.wire.ended
+        await stage.task
+        assert stage.app.replies == set()
 
     play(scene)

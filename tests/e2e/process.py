@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -39,10 +40,13 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def serving(*flags: str) -> Iterator[Server]:
-    """Start ``python -m vserve serve`` with the flags and wait for the line that says it is ready."""
-    command = [sys.executable, "-m", "vserve", "serve", "--host", "127.0.0.1", "--port", "0", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment())
+def serving(*flags: str, program: tuple[str, ...] = ("-m", "vserve"), stderr: TextIO | None = None) -> Iterator[Server]:
+    """Start ``python -m vserve serve`` with the flags and wait for the line that says it is ready.
+
+    program: what Python runs instead.  stderr: where its stderr goes, the test's by default.
+    """
+    command = [sys.executable, *program, "serve", "--host", "127.0.0.1", "--port", "0", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT, env=environment())
     try:
         assert process.stdout is not None
         lines: list[str] = []

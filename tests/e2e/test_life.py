@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,113 @@ def test_a_second_signal_stops_at_once() -> None:
         assert server.process.wait(30) == 0
 
 
+def begin(server: Server, tokens: int) -> tuple[requests.Response, Iterator[bytes]]:
+    """A stream that has begun, and its lines."""
+    body = {"prompt": "Once upon a time", "max_tokens": tokens, "stream": True, "ignore_eos": True}
+    reply = requests.post(f"{server.url}/v1/completions", json=body, stream=True, timeout=60)
+    lines: Iterator[bytes] = reply.iter_lines()
+    next(lines)
+    return reply, lines
+
+
+def test_while_draining_newcomers_are_told_to_go_elsewhere_and_a_stream_still_finishes() -> None:
+    with serving("--max-model-len", "1024") as server:
+        reply, lines = begin(server, 600)
+        idle = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+        server.process.send_signal(signal.SIGTERM)
+        with reply:
+            while requests.get(f"{server.url}/health", timeout=10).status_code == 200:
+                pass
+            for path in ("/v1/completions", "/v1/chat/completions", "/tokenize"):
+                late = requests.post(f"{server.url}{path}", json={"prompt": "x", "messages": []}, timeout=10)
+                assert late.status_code == 503
+                assert int(late.headers["retry-after"]) >= 1
+                assert late.headers["connection"] == "close"
+                assert "shutting down" in late.json()["error"]["message"]
+            ready = requests.get(f"{server.url}/health/ready", timeout=10)
+            assert (ready.status_code, ready.json()["phase"]) == (503, "draining")
+            assert requests.get(f"{server.url}/ping", timeout=10).status_code == 200
+            assert requests.get(f"{server.url}/livez", timeout=10).status_code == 200
+            assert idle.recv(1) == b""  # a connection without a request is closed at once
+            idle.close()
+            rest = [line for line in lines if line.startswith(b"data: ")]
+        assert rest[-1] == b"data: [DONE]"
+        assert json.loads(rest[-2].removeprefix(b"data: "))["choices"][0]["finish_reason"] == "length"
+        assert server.process.wait(30) == 0
+
+
+def test_what_outlives_the_drain_timeout_ends_with_an_error_event_and_the_exit_code_is_0() -> None:
+    with serving("--drain-timeout", "0.3") as server:
+        reply, lines = begin(server, 8000)
+        whole = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+        body = b'{"prompt": "x", "max_tokens": 8000, "ignore_eos": true}'
+        whole.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        while load(server)["server_load"] < 2:
+            pass
+        server.process.send_signal(signal.SIGTERM)
+        with reply:
+            rest = [line for line in lines if line.startswith(b"data: ")]
+        assert rest[-1] == b"data: [DONE]"
+        error = json.loads(rest[-2].removeprefix(b"data: "))["error"]
+        assert (error["code"], "shutting down" in error["message"]) == (503, True)
+        assert whole.recv(1 << 16).startswith(b"HTTP/1.1 503 ")
+        whole.close()
+        assert server.process.wait(10) == 0
+
+
+def test_a_signal_while_the_model_loads_exits_0() -> None:
+    command = [sys.executable, "-m", "vserve", "serve", "--host", "127.0.0.1", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment()) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "finding the model" in line:  # loading weights comes next
+                break
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+        assert process.wait(30) == 0, rest
+        assert "Traceback" not in rest
+        assert "Fatal" not in rest
+
+
+def test_with_exit_on_stall_a_hang_answers_every_request_dumps_all_stacks_and_exits_3(tmp_path: Path) -> None:
+    with (tmp_path / "stderr").open("w+") as stderr:
+        flags = ("--stall-timeout", "1", "--exit-on-stall", "--max-model-len", "512")
+        with serving(*flags, program=("tests/e2e/hanging.py",), stderr=stderr) as server:
+            reply, lines = begin(server, 400)
+            hung = requests.post(f"{server.url}/v1/completions", json={"prompt": "x", "max_tokens": 77}, timeout=60)
+            assert hung.status_code == 503
+            with reply:
+                rest = [line for line in lines if line.startswith(b"data: ")]
+            assert rest[-1] == b"data: [DONE]"
+            assert json.loads(rest[-2].removeprefix(b"data: "))["error"]["code"] == 503
+            assert server.process.wait(10) == 3
+        stderr.seek(0)
+        text = stderr.read()
+        assert "the engine hangs" in text
+        assert "in hang_here" in text  # the engine's stack
+        assert "in _report" in text  # the loop's
+        assert text.count("the stacks of all threads follow") == 1
+
+
+def test_without_exit_on_stall_a_hung_server_says_so_and_still_obeys_a_signal(tmp_path: Path) -> None:
+    with (tmp_path / "stderr").open("w+") as stderr:
+        flags = ("--stall-timeout", "1", "--drain-timeout", "0.2", "--max-model-len", "512")
+        with serving(*flags, program=("tests/e2e/hanging.py",), stderr=stderr) as server:
+            reply, lines = begin(server, 400)
+            with socket.create_connection(("127.0.0.1", server.port), timeout=60) as hung, reply:
+                body = b'{"prompt": "x", "max_tokens": 77}'
+                head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+                hung.sendall(head + body)
+                while requests.get(f"{server.url}/health", timeout=10).status_code == 200:
+                    pass
+                assert requests.get(f"{server.url}/ping", timeout=10).status_code == 200
+                server.process.send_signal(signal.SIGTERM)
+                assert hung.recv(1 << 16).startswith(b"HTTP/1.1 503 ")
+                rest = [line for line in lines if line.startswith(b"data: ")]
+            assert rest[-1] == b"data: [DONE]"
+            assert server.process.wait(20) == 0
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "vserve", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=120)
@@ -127,11 +236,11 @@ def test_bad_starts_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
         cases: list[tuple[list[str], str]] = [
             (["serve", "--prot", "1"], "--prot"),
             (["serve", "--port", "x"], "--port"),
-            (["serve", str(tmp_path / "missing")], "missing"),
-            (["serve", str(empty)], "empty.gguf"),
-            (["serve", str(text)], "model.gguf"),
-            (["serve", str(folder)], "config.json"),
-            (["serve", str(strange)], "MambaForCausalLM"),
+            (["serve", str(tmp_path / "missing"), "--port", "0"], "missing"),
+            (["serve", str(empty), "--port", "0"], "empty.gguf"),
+            (["serve", str(text), "--port", "0"], "model.gguf"),
+            (["serve", str(folder), "--port", "0"], "config.json"),
+            (["serve", str(strange), "--port", "0"], "MambaForCausalLM"),
             (["serve", "--host", "127.0.0.1", "--port", port], port),
         ]
         for arguments, named in cases:
@@ -148,3 +257,40 @@ def test_help_and_version_exit_0(arguments: list[str]) -> None:
     done = run(*arguments)
     assert done.returncode == 0
     assert done.stdout
+
+
+def test_a_killed_server_is_back_on_its_port_at_once() -> None:
+    with serving() as first:
+        before = ask(first, "The three primary colours are", 8)
+        reply, lines = begin(first, 2000)
+        first.process.kill()
+        with reply, pytest.raises(requests.RequestException):  # it is not told, but it sees that the stream is cut
+            for _ in lines:
+                pass
+        with serving("--port", str(first.port)) as second:
+            assert second.port == first.port
+            assert ask(second, "The three primary colours are", 8) == before
+
+
+def test_at_the_limit_of_descriptors_accepting_recovers_when_there_are_some_again(server: Server) -> None:
+    process = server.process.pid
+    used = len(list(Path(f"/proc/{process}/fd").iterdir()))
+    limits = resource.prlimit(process, resource.RLIMIT_NOFILE)
+    reply, lines = begin(server, 300)
+    resource.prlimit(process, resource.RLIMIT_NOFILE, (used + 20, limits[1]))
+    peers = []
+    try:
+        for _ in range(60):  # three times what it can take
+            peer = socket.socket()
+            peer.setblocking(False)
+            peer.connect_ex(("127.0.0.1", server.port))
+            peers.append(peer)
+        with reply:  # who was there before is served to the end
+            rest = [line for line in lines if line.startswith(b"data: ")]
+        assert rest[-1] == b"data: [DONE]"
+    finally:
+        for peer in peers:
+            peer.close()
+        resource.prlimit(process, resource.RLIMIT_NOFILE, limits)
+    assert requests.get(f"{server.url}/health", timeout=10).status_code == 200
+    wait_until_idle(server)

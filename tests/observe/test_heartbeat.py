@@ -13,7 +13,8 @@ from vserve.observe.heartbeat import Heartbeat, Phase
         ("none", 10_000.0, True),
         ("idle", 0.0, True),
         ("idle", 59.0, True),
-        ("idle", 61.0, False),
+        ("idle", 61.75, True),  # it may be asleep between two beats
+        ("idle", 62.25, False),
         ("step", 59.0, True),
         ("step", 61.0, False),
         ("ended", 0.0, False),

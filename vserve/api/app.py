@@ -48,6 +48,7 @@ class Options:
     stall_timeout_s: float = 60.0
     drain_retry_s: int = 5
     max_queue: int = 1024
+    max_queued_tokens: int = 2**20
     max_sequences: int = 1024
     long_text_chars: int = 8192
 
@@ -58,6 +59,10 @@ class Waiting(Protocol):
     @property
     def size(self) -> int:
         """Requests that wait for the engine to start on them."""
+
+    @property
+    def tokens(self) -> int:
+        """Prompt tokens of those requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,15 +203,18 @@ class App:
                 return Unavailable("The engine has stopped; the server is shutting down.", close=True)
 
     def overloaded(self) -> RateLimited | None:
-        """The 429 for a full queue, or None while there is room."""
+        """The 429 for a full queue, or None while there is room for one more token."""
         if self._served is None:
             return None
-        size, limit = self._served.model.waiting.size, self.options.max_queue
-        if size < limit:
-            return None
-        return RateLimited(
-            f"{size} requests are waiting, the limit is {limit}; try again later.", retry_after_s=self.retry_after_s()
-        )
+        waiting = self._served.model.waiting
+        for count, limit, what in (
+            (waiting.size, self.options.max_queue, "requests"),
+            (waiting.tokens, self.options.max_queued_tokens, "prompt tokens"),
+        ):
+            if count >= limit:
+                text = f"{count} {what} are waiting, the limit is {limit}; try again later."
+                return RateLimited(text, retry_after_s=self.retry_after_s())
+        return None
 
     def retry_after_s(self) -> int:
         """Whole seconds until a full queue has probably drained, from the rate at which requests finished lately."""

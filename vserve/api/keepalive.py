@@ -6,7 +6,10 @@ Knows nothing of what a stream carries.  Event-loop thread only.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Protocol
+
+log = logging.getLogger(__name__)
 
 
 class Quiet(Protocol):
@@ -52,6 +55,9 @@ class KeepAlive:
     def _tick(self) -> None:
         self._timer = None
         for stream in list(self._streams):
-            stream.tick()
+            try:
+                stream.tick()
+            except Exception:  # the timer would never be set again, and all other streams fall silent
+                log.exception("a keep-alive comment failed")
         if self._streams:
             self._arm()

@@ -7,6 +7,7 @@ is the dialect's.  Event-loop thread only; no coroutine wakes for a token.
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Sequence
 
 import orjson
@@ -16,9 +17,11 @@ from vserve.api.choice import Choice
 from vserve.api.reply import Dialect, Headers, Reply
 from vserve.bridge import Bridge
 from vserve.engine.request import FinishReason
-from vserve.errors import ApiError
+from vserve.errors import ApiError, InternalError
 from vserve.http import sse
 from vserve.http.exchange import Exchange
+
+log = logging.getLogger(__name__)
 
 
 class Flow(enum.Enum):
@@ -54,7 +57,7 @@ class StreamReply(Reply):
             choice.prefix, choice.suffix = dialect.affixes(choice.index)
 
     def _submit(self) -> None:
-        self.exchange.on_writable = self._catch_up
+        self.exchange.on_writable = self._resume
         self._app.keep_alive.add(self)
         super()._submit()
 
@@ -115,6 +118,13 @@ class StreamReply(Reply):
         opening = b"".join(self._dialect.opening(choice, self.counts) for choice in self._choices)
         if opening:
             self.exchange.write(opening)
+
+    def _resume(self) -> None:
+        try:
+            self._catch_up()
+        except Exception:  # the client would wait for ever: nothing is pushed after the last token
+            log.exception("a stream could not go on")
+            self.fail(InternalError("The server failed while sending the answer."))
 
     def _catch_up(self) -> None:
         """Send what is held, oldest first, as long as the client takes it."""

@@ -19,6 +19,10 @@ class Phase(enum.Enum):
     ENDED = "ended"
 
 
+IDLE_SILENCE_S = 2.0
+"""How long an idle thread may be silent beyond the bound of a step: it sleeps for a second between two beats."""
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """healthy is false when the thread has ended, or has shown no sign of life for too long while it owes one.
@@ -55,14 +59,15 @@ class Heartbeat:
     def verdict(self, now_s: float, *, stall_bound_s: float = 60.0) -> Verdict:
         """Whether the thread is well.  Any thread.
 
-        stall_bound_s: the longest a step may take, or an idle thread be silent: it must exceed the longest prefill.
+        stall_bound_s: the longest a step may take: it must exceed the longest prefill of one step.
         STARTING is healthy here: how long loading may take is for the one who loads to judge.
         """
         phase, beat_s = self._last
         age_s = max(0.0, now_s - beat_s)
         if phase is Phase.ENDED:
             return Verdict(False, phase, age_s, "the engine has ended")
-        if phase is not Phase.STARTING and age_s > stall_bound_s:
+        bound_s = stall_bound_s + IDLE_SILENCE_S if phase is Phase.IDLE else stall_bound_s
+        if phase is not Phase.STARTING and age_s > bound_s:
             doing = "the running step began" if phase is Phase.STEPPING else "the engine was last seen idle"
-            return Verdict(False, phase, age_s, f"{doing} {age_s:.0f} s ago, the limit is {stall_bound_s:g} s")
+            return Verdict(False, phase, age_s, f"{doing} {age_s:.0f} s ago, the limit is {bound_s:g} s")
         return Verdict(True, phase, age_s)
