@@ -109,7 +109,11 @@ class Reply:
             return
         if isinstance(error, InternalError):
             error = InternalError(f"{error.message} (request id {self.exchange.id})")
-        reason = FinishReason.TIMEOUT if isinstance(error, DeadlineExceeded) else FinishReason.CANCELLED
+        reason = FinishReason.CANCELLED
+        if isinstance(error, DeadlineExceeded):
+            reason = FinishReason.TIMEOUT
+        elif isinstance(error, InternalError):
+            reason = FinishReason.ERROR
         self.close(reason)
         self.report(error)
 
