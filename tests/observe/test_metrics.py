@@ -63,7 +63,7 @@ def test_a_figure_of_the_engine_has_its_name_and_labels(name: str, value: float)
 def test_the_drivers_word_on_the_gpu_goes_before_the_engines() -> None:
     metrics, _ = serving()
     for said, shown in ((0.25, 0.25), (0.0, 0.0), (None, 0.75)):
-        metrics.gpu = lambda said=said: said  # type: ignore[misc]
+        metrics.gpu = lambda said=said: said
         assert families(metrics)["vllm_gpu_utilization"].samples[0].value == shown
 
 
