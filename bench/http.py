@@ -95,7 +95,10 @@ async def _serve_api() -> None:
     app = App(Options(version="bench", max_queue=4096))
     entries = table(app)
     usage = Route("GET", "/usage", _usage, "usage", auth="open")
-    server = HttpServer(Router([*routes(entries), usage]), Limits(), render, Gate(app, entries))
+    server = HttpServer(
+        Router([*routes(entries), usage]), Limits(), render, Gate(app, entries), access_log=app.exchanged
+    )
+    app.metrics.timer.start()
     inbox = Inbox(4096)
     bridge = Bridge(asyncio.get_running_loop(), inbox)
     words = LETTERS.encode("word by word, ", add_special=False)

@@ -143,7 +143,10 @@ def standing(
     async def build() -> tuple[Stand, Model]:
         app = App(options(max_queue=max_queue, **changes))
         entries = table(app)
-        server = HttpServer(Router(routes(entries)), limits or Limits(), render, Gate(app, entries))
+        server = HttpServer(
+            Router(routes(entries)), limits or Limits(), render, Gate(app, entries), access_log=app.exchanged
+        )
+        app.metrics.timer.start()
         listener = socket.create_server(("127.0.0.1", 0))
         if send_buffer is not None:  # connections inherit it
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)

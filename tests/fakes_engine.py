@@ -100,7 +100,8 @@ class FakeEngine:
             for item in self._inbox.drain():
                 if isinstance(item, Cancel):
                     self.cancels.put(item)
-                    self._live.pop(item.id, None)
+                    if item.id in self._live:
+                        emits.append(self._end(self._live[item.id], (), item.reason, None, began))
                 elif not self._add(item, began, emits):
                     self._bridge.died(EngineDied("told to"))
                     self.heartbeat.ended(began)
@@ -124,7 +125,8 @@ class FakeEngine:
             return False
         error = self._fail(request)
         if error is not None:
-            emits.append(Emit(request.id, finish=FinishReason.ERROR, error=error))
+            timing = Timing(request.arrival_s, now, now, now)
+            emits.append(Emit(request.id, finish=FinishReason.ERROR, timing=timing, error=error))
         else:
             self._live[request.id] = _Live(request, self._script(request), now)
         return True
@@ -151,7 +153,7 @@ class FakeEngine:
         request = live.request
         del self._live[request.id]
         self._finished += 1
-        timing = Timing(request.arrival_s, live.scheduled_s, live.first_s, now)
+        timing = Timing(request.arrival_s, live.scheduled_s, live.first_s or now, now)
         return Emit(request.id, ids, finish, stop_id, _logprobs(request, ids), _cached(request), timing)
 
     def _stats(self) -> EngineStats:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from vserve.bridge import SLICE, Bridge, merge
+from vserve.bridge import SLICE, Bridge, Ended, merge
 from vserve.engine.inbox import Inbox
 from vserve.engine.request import (
     Cancel,
@@ -48,13 +48,37 @@ class Sink:
         return [token for emit in self.pushes for token in emit.ids]
 
 
+@dataclass
+class Readings:
+    """A meter that remembers."""
+
+    steps: list[EngineStats] = field(default_factory=list)
+    firsts: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    ends: list[Ended] = field(default_factory=list)
+
+    def step(self, stats: EngineStats) -> None:
+        self.steps.append(stats)
+
+    def first(self, wait_s: float, /) -> None:
+        self.firsts.append(wait_s)
+
+    def gap(self, gap_s: float, /) -> None:
+        self.gaps.append(gap_s)
+
+    def ended(self, end: Ended) -> None:
+        self.ends.append(end)
+
+
 class Both:
     """A bridge on an event loop of its own, with sinks for a number of live requests."""
 
     def __init__(self, streams: int = 1, limit: int = 1000) -> None:
         self.loop = asyncio.new_event_loop()
         self.inbox = Inbox(limit)
-        self.bridge = Bridge(self.loop, self.inbox)
+        self.now_s = 0.0
+        self.bridge = Bridge(self.loop, self.inbox, lambda: self.now_s)
+        self.meter = self.bridge.meter = Readings()
         self.sinks = {name: Sink() for name in (self.open(index) for index in range(streams))}
         for name, sink in self.sinks.items():
             self.bridge.submit(GenRequest(name, [1], 100), sink)
@@ -223,3 +247,50 @@ def test_merged_emits_add_up() -> None:
     ]
     assert merge(parts) == Emit(name, (1, 2, 3), FinishReason.STOP, 3, tuple(logprobs), 4, timing)
     assert merge([Emit(name, (1,)), Emit(name, (), FinishReason.CANCELLED)]).logprobs is None
+
+
+def test_the_meter_hears_of_every_step_of_each_pause_and_once_of_the_end() -> None:
+    both = Both(1)
+    (name,) = both.sinks
+    for token, now_s in enumerate((2.0, 2.5, 4.5)):
+        both.now_s = now_s
+        both.bridge.publish([Emit(name, (token,))], EngineStats(steps_total=2 * token + 1))
+        both.bridge.publish([Emit(name, (token,))], EngineStats(steps_total=2 * token + 2))
+        both.turn()
+    timing = Timing(0.0, 1.0, 2.0, 5.0)
+    both.bridge.publish([Emit(name, finish=FinishReason.LENGTH, timing=timing)], EngineStats(steps_total=7))
+    both.now_s = 5.5
+    both.turn()
+    assert [stats.steps_total for stats in both.meter.steps] == [1, 2, 3, 4, 5, 6, 7]
+    assert both.meter.firsts == [2.0]
+    assert both.meter.gaps == [0.5, 2.0]
+    assert both.meter.ends == [Ended(FinishReason.LENGTH, 1, 6, 5.5, timing)]
+    both.close()
+
+
+@pytest.mark.parametrize("reason", [FinishReason.CANCELLED, FinishReason.STOP, FinishReason.TIMEOUT])
+@pytest.mark.parametrize("late", [FinishReason.CANCELLED, FinishReason.LENGTH])
+def test_a_cancelled_sequence_is_metered_with_our_reason_and_the_engines_times(
+    both: Both, reason: FinishReason, late: FinishReason
+) -> None:
+    name = next(iter(both.sinks))
+    both.bridge.cancel(name, reason)
+    both.bridge.cancel(name, FinishReason.ERROR)
+    assert both.meter.ends == []
+    timing = Timing(0.0, 1.0, 1.5, 2.0)
+    for _ in range(2):  # a second last word cannot come; it would change nothing
+        both.bridge.publish([Emit(name, (1,), finish=late, timing=timing)], EngineStats())
+        both.turn()
+    assert both.meter.ends == [Ended(reason, 1, 0, 0.0, timing)]
+    assert both.sinks[name].pushes == []
+
+
+def test_the_engines_death_meters_open_and_cancelled_sequences_once(both: Both) -> None:
+    first, second, third = both.sinks
+    both.bridge.cancel(first)
+    both.bridge.publish([Emit(second, (1,), finish=FinishReason.STOP)], EngineStats())
+    both.bridge.died(EngineDied("gone"))
+    both.settle()
+    assert [end.reason for end in both.meter.ends] == [FinishReason.STOP, FinishReason.ERROR, FinishReason.CANCELLED]
+    both.bridge.cancel(third)
+    assert len(both.meter.ends) == 3

@@ -27,7 +27,7 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
         frozenset({"errors", "engine.policy", "model", "kernels", "observe"}),
         frozenset({"torch", "numpy"}),
     ),
-    "observe": (frozenset({"errors"}), frozenset()),
+    "observe": (frozenset({"errors"}), frozenset({"prometheus_client"})),
     "bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
     "api": (
         frozenset({"http", "text", "bridge", "engine.policy", "errors", "observe", ""}),

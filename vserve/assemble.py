@@ -66,6 +66,13 @@ class Engine:
     plan: CachePlan
     device: torch.device
 
+    @property
+    def gpu_uuid(self) -> str | None:
+        """The GPU's name for its driver, or None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        return f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
+
 
 def assemble(
     config: Config,

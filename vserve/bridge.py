@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from vserve.engine.inbox import Inbox
-from vserve.engine.request import Cancel, Emit, EngineStats, FinishReason, GenRequest, RequestId
+from vserve.engine.request import Cancel, Emit, EngineStats, FinishReason, GenRequest, RequestId, Timing
 from vserve.errors import EngineDied, Unavailable
 
 log = logging.getLogger(__name__)
@@ -37,13 +39,73 @@ class TokenSink(Protocol):
         """The engine is gone: this stream ends now; nothing follows."""
 
 
-class Bridge:
-    """Joins one event loop and one engine thread.  Thread of each method: see its docstring."""
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A sequence that has ended.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, inbox: Inbox) -> None:
+    tokens: those that reached the loop before anybody cancelled it.  latency_s: from arrival to the end as the loop saw
+    it.  timing: None when the engine had none to tell.
+    """
+
+    reason: FinishReason
+    prompt_tokens: int
+    tokens: int
+    latency_s: float
+    timing: Timing | None
+
+
+class Meter(Protocol):
+    """Measures what crosses the bridge.  Called on L only; must be quick and must not raise."""
+
+    def step(self, stats: EngineStats) -> None:
+        """A turn of the engine, each once and in order."""
+
+    def first(self, wait_s: float, /) -> None:
+        """A sequence's first tokens came so long after its arrival."""
+
+    def gap(self, gap_s: float, /) -> None:
+        """Further tokens of a sequence came so long after the ones before."""
+
+    def ended(self, end: Ended) -> None:
+        """A sequence has ended; once for each that was submitted."""
+
+
+class _Unmetered:
+    """A Meter that measures nothing."""
+
+    def step(self, stats: EngineStats) -> None: ...
+    def first(self, wait_s: float, /) -> None: ...
+    def gap(self, gap_s: float, /) -> None: ...
+    def ended(self, end: Ended) -> None: ...
+
+
+class _Stream:
+    """A submitted sequence.  reason: why it was cancelled, if it was; last_s: when its last tokens came."""
+
+    __slots__ = ("last_s", "reason", "request", "sink", "tokens")
+
+    def __init__(self, request: GenRequest, sink: TokenSink) -> None:
+        self.request = request
+        self.sink = sink
+        self.tokens = 0
+        self.last_s: float | None = None
+        self.reason: FinishReason | None = None
+
+
+class Bridge:
+    """Joins one event loop and one engine thread.  Thread of each method: see its docstring.
+
+    clock: time.monotonic, the clock of the requests' arrival_s.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, inbox: Inbox, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._loop = loop
         self._inbox = inbox
-        self._sinks: dict[RequestId, TokenSink] = {}
+        self._clock = clock
+        self._streams: dict[RequestId, _Stream] = {}
+        self._leaving: dict[RequestId, _Stream] = {}  # cancelled, until the engine's last word on them
         self._published: deque[tuple[Sequence[Emit], EngineStats]] = deque()
         self._wake_pending = False  # set by G, cleared by L before it drains: at most one wake-up is ever queued
         self._ready: deque[Emit] = deque()  # the round under way: at most one a stream; a callback is due while any is
@@ -51,6 +113,7 @@ class Bridge:
         self._ids = itertools.count(1)
         self.stats = EngineStats()
         self.on_stats: Callable[[EngineStats], None] | None = None
+        self.meter: Meter = _Unmetered()
 
     def next_id(self) -> RequestId:
         """A fresh request id.  L only."""
@@ -59,7 +122,7 @@ class Bridge:
     @property
     def live(self) -> int:
         """Sequences submitted and not yet ended.  L only."""
-        return len(self._sinks)
+        return len(self._streams)
 
     @property
     def death(self) -> EngineDied | None:
@@ -75,11 +138,14 @@ class Bridge:
         if self._death is not None:
             raise Unavailable("The engine has stopped; the server is shutting down.")
         self._inbox.put(request)
-        self._sinks[request.id] = sink
+        self._streams[request.id] = _Stream(request, sink)
 
     def cancel(self, request_id: RequestId, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """Stop a sequence and forget its sink: nothing more is pushed to it.  L only; an ended id is ignored."""
-        if self._sinks.pop(request_id, None) is not None and self._death is None:
+        stream = self._streams.pop(request_id, None)
+        if stream is not None and self._death is None:
+            stream.reason = reason
+            self._leaving[request_id] = stream
             self._inbox.put(Cancel(request_id, reason))
 
     def publish(self, emits: Sequence[Emit], stats: EngineStats) -> None:
@@ -117,42 +183,61 @@ class Bridge:
         merged: dict[RequestId, list[Emit]] = {}
         while self._published:
             emits, self.stats = self._published.popleft()
+            self.meter.step(self.stats)
             for emit in emits:
                 merged.setdefault(emit.id, []).append(emit)
         self._ready.extend(parts[0] if len(parts) == 1 else merge(parts) for parts in merged.values())
 
     def _fan_out(self) -> None:
-        ready = self._ready
+        ready, now_s = self._ready, self._clock()  # one reading a slice: it lasts about a millisecond
         for _ in range(min(SLICE, len(ready))):
-            self._deliver(ready.popleft())
+            self._deliver(ready.popleft(), now_s)
         if ready:
             self._loop.call_soon(self._fan_out)
         elif self._published:
             self._loop.call_soon(self._drain)
 
-    def _deliver(self, emit: Emit) -> None:
-        sink = self._sinks.get(emit.id)
-        if sink is None:  # cancelled, or ended by an error of its own
+    def _deliver(self, emit: Emit, now_s: float) -> None:
+        stream = self._streams.get(emit.id)
+        if stream is None:  # cancelled, or ended by an error of its own
+            if emit.finish is not None and emit.id in self._leaving:
+                self._end(self._leaving.pop(emit.id), emit.finish, emit.timing, now_s)
             return
+        if emit.ids:
+            if stream.last_s is None:
+                self.meter.first(now_s - stream.request.arrival_s)
+            else:
+                self.meter.gap(now_s - stream.last_s)
+            stream.last_s = now_s
+            stream.tokens += len(emit.ids)
         if emit.finish is not None:
-            del self._sinks[emit.id]
+            del self._streams[emit.id]
+            self._end(stream, emit.finish, emit.timing, now_s)
         try:
-            sink.push(emit)
+            stream.sink.push(emit)
         except Exception:
             log.exception("a stream could not take its tokens")
             self.cancel(emit.id, FinishReason.ERROR)
-            _fail(sink, EngineDied("An internal error ended this stream."))
+            _fail(stream.sink, EngineDied("An internal error ended this stream."))
+
+    def _end(self, stream: _Stream, finish: FinishReason, timing: Timing | None, now_s: float) -> None:
+        request, reason = stream.request, stream.reason or finish
+        self.meter.ended(Ended(reason, len(request.prompt), stream.tokens, max(0.0, now_s - request.arrival_s), timing))
 
     def _die(self, error: EngineDied) -> None:
         self._death = error
+        now_s = self._clock()
         while self._published or self._ready:  # what was computed before the end still reaches its clients
             while self._ready:
-                self._deliver(self._ready.popleft())
+                self._deliver(self._ready.popleft(), now_s)
             self._gather()
-        sinks = list(self._sinks.values())
-        self._sinks.clear()
-        for sink in sinks:
-            _fail(sink, error)
+        streams, leaving = list(self._streams.values()), list(self._leaving.values())
+        self._streams.clear()
+        self._leaving.clear()
+        for stream in (*streams, *leaving):
+            self._end(stream, FinishReason.ERROR, None, now_s)
+        for stream in streams:
+            _fail(stream.sink, error)
 
 
 def _fail(sink: TokenSink, error: EngineDied) -> None:

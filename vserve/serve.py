@@ -24,11 +24,13 @@ from vserve import __version__
 from vserve.config import Config
 from vserve.errors import EngineDied, EngineStalled, StartupError, Unavailable
 from vserve.model import cpu
+from vserve.observe.gpu import utilization_reader
 from vserve.observe.progress import Progress, Reporter
 from vserve.observe.watchdog import Watchdog
 
 if TYPE_CHECKING:  # torch comes with it: imported on G, while L already answers probes
     from vserve.assemble import Engine
+    from vserve.http.site import AccessEntry
 
 SWITCH_INTERVAL_S = 100e-6
 """A thread waits at most this long for the GIL: 5 ms, the default, would be several steps (DESIGN.md, costs)."""
@@ -113,8 +115,9 @@ class _Service:
             limits,
             render,
             Gate(self._app, entries),
-            access_log=_access_line if config.access_log else None,
+            access_log=self._exchanged,
         )
+        self._app.metrics.timer.start()
         if config.uds is None:
             await self._http.listen(config.host, config.port)
         else:
@@ -150,6 +153,8 @@ class _Service:
             reporter.end()
             tell(self._on_failure, error)
             return
+        if engine.gpu_uuid is not None:
+            self._app.metrics.gpu = utilization_reader(engine.gpu_uuid)  # here: the driver may take its time
         gc.collect()
         gc.freeze()  # what was made at start stays: the collector need not look at it again
         tell(self._on_ready, engine)
@@ -212,6 +217,11 @@ class _Service:
         self._bridge.died(error)  # as if it had ended: every open and later stream fails
         asyncio.get_running_loop().call_soon(self._on_failure, error)
 
+    def _exchanged(self, entry: AccessEntry) -> None:
+        self._app.exchanged(entry)
+        if self._config.access_log:
+            log.info("%s", entry)
+
     def _on_failure(self, error: BaseException) -> None:
         self._failure = error
         self._stop.set()
@@ -257,8 +267,3 @@ class _Service:
         await asyncio.wait({idle, hurry}, return_when=asyncio.FIRST_COMPLETED)
         for task in (idle, hurry):
             task.cancel()
-
-
-def _access_line(entry: object) -> None:
-    """One finished exchange as a line on stderr."""
-    log.info("%s", entry)

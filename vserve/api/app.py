@@ -18,11 +18,14 @@ from vserve.api.access import Keys
 from vserve.api.defaults import Defaults
 from vserve.api.keepalive import KeepAlive
 from vserve.api.load import Usage
+from vserve.api.meter import SeriesMeter, engine_now
 from vserve.api.status import Lifecycle, Status
 from vserve.bridge import Bridge
 from vserve.errors import ApiError, NotFound, RateLimited, Unavailable, shorten
 from vserve.http.exchange import Exchange
+from vserve.http.site import AccessEntry
 from vserve.observe.heartbeat import Heartbeat
+from vserve.observe.metrics import EngineSeries, Metrics
 from vserve.text.template import ChatTemplate
 from vserve.text.tokenizer import Tokenizer
 
@@ -30,6 +33,8 @@ T = TypeVar("T")
 
 TEXT_THREADS = 2
 START_RETRY_S = 5
+
+_REFUSED = {401: "unauthorized", 403: "forbidden", 429: "overloaded"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +126,7 @@ class App:
         self.keys = Keys(options.api_keys)
         self.keep_alive = KeepAlive(options.keep_alive_s)
         self.usage = Usage()
+        self.metrics = Metrics()
         self.replies: set[Ending] = set()
         self._pool = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         self._served: Served | None = None
@@ -139,6 +145,13 @@ class App:
             created_s=int(time.time()),
         )
         model.bridge.on_stats = self.usage.observe
+        series = EngineSeries(
+            model.names[0],
+            model.max_model_len,
+            lambda: engine_now(model.bridge.stats, model.waiting.size, self.usage.utilization()),
+        )
+        model.bridge.meter = SeriesMeter(series)
+        self.metrics.serve(series)
         if self.life.status is Status.STARTING:
             self.life.to(Status.READY)
 
@@ -157,6 +170,7 @@ class App:
         if self.life.can(Status.STOPPED):
             self.life.to(Status.STOPPED)
         self.keep_alive.close()
+        self.metrics.timer.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     @property
@@ -220,6 +234,14 @@ class App:
         """Whole seconds until a full queue has probably drained, from the rate at which requests finished lately."""
         waiting = self._served.model.waiting.size if self._served is not None else 0
         return self.usage.seconds_to_finish(waiting)
+
+    def exchanged(self, entry: AccessEntry) -> None:
+        """Count a finished, refused or broken-off exchange (the access log's hook)."""
+        self.metrics.exchange(entry.route, entry.method, entry.status, entry.duration_s)
+
+    def refused(self, error: ApiError) -> None:
+        """Count a request that was not let in."""
+        self.metrics.refused(_REFUSED.get(error.status) or self.status.value)
 
     async def off_loop(self, work: Callable[[], T]) -> T:
         """Run work in the pool for long texts."""

@@ -1,6 +1,6 @@
-"""Probes and figures for operators: ping, health, readiness, version, load.
+"""Probes and figures for operators: ping, health, readiness, version, load, metrics.
 
-Every handler answers within data_received; none waits for anything.  Event-loop thread only.
+Every handler but metrics answers within data_received and waits for nothing.  Event-loop thread only.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import orjson
 from vserve.api.app import App
 from vserve.api.status import Status
 from vserve.http.exchange import Exchange, Response
+from vserve.observe.metrics import CONTENT_TYPE
 
 PONG = Response(200)
 _RANGE = re.compile(r"\s*([^;,\s]+)\s*((?:;[^,]*)?)")
@@ -72,6 +73,12 @@ class Ops:
             figures["kv_blocks_held"] = stats.total_blocks - stats.free_blocks - stats.cached_blocks
             figures["kv_blocks_total"] = stats.total_blocks
         return Response(200, orjson.dumps(figures))
+
+    async def metrics(self, exchange: Exchange) -> Response:
+        """The Prometheus text: counted on the loop at one moment, written out beside it."""
+        metrics = self._app.metrics
+        snapshot = metrics.snapshot()
+        return Response(200, await self._app.off_loop(lambda: metrics.render(snapshot)), CONTENT_TYPE)
 
     def _well(self) -> bool:
         """Whether the engine, if it is there already, is alive and not stuck in a step."""

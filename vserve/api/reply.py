@@ -15,7 +15,7 @@ from vserve.api.app import App
 from vserve.api.choice import Choice
 from vserve.api.shapes import Counts, Piece, server_timing
 from vserve.bridge import Bridge
-from vserve.engine.request import FinishReason
+from vserve.engine.request import FinishReason, GenRequest
 from vserve.errors import ApiError, DeadlineExceeded, InternalError
 from vserve.http.exchange import Exchange, Response
 
@@ -109,7 +109,11 @@ class Reply:
             return
         if isinstance(error, InternalError):
             error = InternalError(f"{error.message} (request id {self.exchange.id})")
-        reason = FinishReason.TIMEOUT if isinstance(error, DeadlineExceeded) else FinishReason.CANCELLED
+        reason = FinishReason.CANCELLED
+        if isinstance(error, DeadlineExceeded):
+            reason = FinishReason.TIMEOUT
+        elif isinstance(error, InternalError):
+            reason = FinishReason.ERROR
         self.close(reason)
         self.report(error)
 
@@ -155,7 +159,7 @@ class Reply:
             choice.attach(self)
             if choice.request is not None:
                 deadline_s = choice.request.deadline_s
-                self._bridge.submit(choice.request, choice)
+                self._queue(choice, choice.request)
         for choice in self._choices:
             if choice.request is None:
                 choice.finish = FinishReason.LENGTH
@@ -164,6 +168,13 @@ class Reply:
             # The engine keeps the deadline too, but a long step must not keep the client waiting.
             left_s = max(0.0, deadline_s - time.monotonic())
             self._timer = asyncio.get_running_loop().call_later(left_s, self._expired)
+
+    def _queue(self, choice: Choice, request: GenRequest) -> None:
+        try:
+            self._bridge.submit(request, choice)
+        except ApiError as error:  # the gate had let it in
+            self._app.refused(error)
+            raise
 
     def _expired(self) -> None:
         self.fail(DeadlineExceeded("The request's deadline passed before the answer was complete."))

@@ -62,6 +62,7 @@ def table(app: App) -> tuple[Entry, ...]:
         Entry("live", get, ("/livez",), ops.live, OPEN, Need.NOTHING),
         Entry("startup", get, ("/startupz",), ops.startup, OPEN, Need.NOTHING),
         Entry("version", get, ("/version",), ops.version, OPEN, Need.NOTHING),
+        Entry("metrics", get, ("/metrics",), ops.metrics, OPEN, Need.NOTHING),
         Entry("load", get, ("/load",), ops.load, INFER, Need.NOTHING),
         Entry("models", get, ("/v1/models",), models.list, INFER, Need.MODEL),
         Entry("model", get, ("/v1/models/{id:path}",), models.retrieve, INFER, Need.MODEL),
@@ -99,6 +100,12 @@ class Gate:
 
     def __call__(self, head: HasHeaders, route: Route) -> ApiError | None:
         """The reason to refuse, or None.  A route that is not in the table is guarded like any other."""
+        error = self._refusal(head, route)
+        if error is not None:
+            self._app.refused(error)
+        return error
+
+    def _refusal(self, head: HasHeaders, route: Route) -> ApiError | None:
         app, entry = self._app, self._entries.get(route.name)
         if route.auth != OPEN:
             try:
