@@ -59,16 +59,16 @@ def test_the_phase_is_the_stage_only_while_starting() -> None:
 )
 def test_a_missing_or_wrong_key_is_401(value: str | None) -> None:
     with pytest.raises(Unauthorized) as caught:
-        Keys(["right", "other"]).check(value)
+        Keys(["right", "other"]).check(value, "infer")
     assert ("www-authenticate", "Bearer") in caught.value.headers()
     assert "right" not in caught.value.message
 
 
 def test_each_key_has_its_own_salt_and_no_key_has_none() -> None:
     keys = Keys(["right", "other"])
-    salts = {keys.check("Bearer right"), keys.check("bearer right"), keys.check("Bearer other")}
+    salts = {keys.salt("Bearer right"), keys.salt("bearer right"), keys.salt("Bearer other")}
     assert len(salts) == 2
-    assert Keys(()).check(None) == b""
+    assert Keys(()).salt(None) == b""
 
 
 class Clock:

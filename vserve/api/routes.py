@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from vserve.api.access import Key
 from vserve.api.app import App
 from vserve.api.chat import Chat
 from vserve.api.completions import Completions
@@ -100,14 +101,16 @@ class Gate:
     def __call__(self, head: HasHeaders, route: Route) -> ApiError | None:
         """The reason to refuse, or None.  A route that is not in the table is guarded like any other."""
         app, entry = self._app, self._entries.get(route.name)
+        caller: Key | None = None
         if route.auth != OPEN:
             try:
-                app.keys.check(head.headers.get("authorization"))
+                caller = app.keys.check(head.headers.get("authorization"), route.auth)
             except ApiError as error:
                 return error
-        if entry is None or entry.need is Need.NOTHING:
-            return None
-        refusal: ApiError | None = app.unavailable()
-        if refusal is None and entry.need is Need.ROOM:
-            refusal = app.overloaded()
-        return refusal
+        refusal: ApiError | None = None
+        if entry is not None and entry.need is not Need.NOTHING:
+            refusal = app.unavailable()
+            if refusal is None and entry.need is Need.ROOM:
+                refusal = app.overloaded()
+        # Last: only a request that is let in otherwise counts against its key's rate.
+        return refusal if refusal is not None else app.keys.spend(caller)
