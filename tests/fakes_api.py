@@ -24,6 +24,7 @@ from vserve.engine.request import GenRequest
 from vserve.http.limits import Limits
 from vserve.http.router import Router
 from vserve.http.server import HttpServer
+from vserve.http.site import ReplyHeaders
 from vserve.text.template import ChatTemplate
 from vserve.text.tokenizer import Tokenizer
 
@@ -130,6 +131,7 @@ def standing(
     engine: Mapping[str, object] | None = None,
     template: bool = True,
     send_buffer: int | None = None,
+    reply_headers: ReplyHeaders | None = None,
     **changes: object,
 ) -> Iterator[Stand]:
     """A front end on a free loopback port; with ready false the model is still missing.
@@ -143,7 +145,9 @@ def standing(
     async def build() -> tuple[Stand, Model]:
         app = App(options(max_queue=max_queue, **changes))
         entries = table(app)
-        server = HttpServer(Router(routes(entries)), limits or Limits(), render, Gate(app, entries))
+        server = HttpServer(
+            Router(routes(entries)), limits or Limits(), render, Gate(app, entries), reply_headers=reply_headers
+        )
         listener = socket.create_server(("127.0.0.1", 0))
         if send_buffer is not None:  # connections inherit it
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
