@@ -69,8 +69,8 @@ class _Service:
         from vserve.api.failure import render
         from vserve.api.routes import Gate, routes, table
         from vserve.bridge import Bridge
+        from vserve.edge import Edge, limits, root_path
         from vserve.engine.inbox import Inbox
-        from vserve.http.limits import Limits
         from vserve.http.router import Router
         from vserve.http.server import HttpServer
 
@@ -87,19 +87,21 @@ class _Service:
                 max_queue=config.max_queue,
             )
         )
+        edge = Edge(config, self._app.keys)
+        edge.watch(loop)
         entries = table(self._app)
-        limits = Limits(body_bytes=config.body_limit_bytes, connections=config.max_connections)
         self._http = HttpServer(
-            Router(routes(entries)),
-            limits,
+            Router(routes(entries), root_path(config)),
+            limits(config),
             render,
             Gate(self._app, entries),
-            access_log=_access_line if config.access_log else None,
+            reply_headers=edge.cors,
+            access_log=edge.access_log,
         )
         if config.uds is None:
-            await self._http.listen(config.host, config.port)
+            await self._http.listen(config.host, config.port, ssl_context=edge.ssl_context)
         else:
-            await self._http.listen(uds=config.uds)
+            await self._http.listen(uds=config.uds, ssl_context=edge.ssl_context)
         self._inbox = Inbox(config.max_queue, retry_after=self._app.retry_after_s)
         self._bridge = Bridge(loop, self._inbox)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -161,13 +163,14 @@ class _Service:
     def _welcome(self, engine: Engine, name: str) -> None:
         """Say where, what and how fast, and give a line to try."""
         address = self._http.addresses[0]
+        scheme = "http" if self._config.ssl_certfile is None else "https"
         if self._config.uds is not None:
-            url, option = "http://localhost", f"--unix-socket {address} "
+            url, option = f"{scheme}://localhost", f"--unix-socket {address} "
         else:
             # What is bound to every address is reached by the loopback one.
-            url = f"http://{address}".replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+            url = f"{scheme}://{address}".replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
             option = ""
-        key = " -H 'authorization: Bearer KEY'" if self._config.api_key else ""
+        key = " -H 'authorization: Bearer KEY'" if self._app.keys.guards("infer") else ""
         took = time.perf_counter() - self._began_s
         print(engine.plan.explain())
         print(f"vserve {__version__} serves {name} on {engine.device.type} at {url} (ready in {took:.1f} s)")
@@ -219,8 +222,3 @@ class _Service:
         await asyncio.wait({idle, hurry}, return_when=asyncio.FIRST_COMPLETED)
         for task in (idle, hurry):
             task.cancel()
-
-
-def _access_line(entry: object) -> None:
-    """One finished exchange as a line on stderr."""
-    log.info("%s", entry)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -39,17 +40,20 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def serving(*flags: str) -> Iterator[Server]:
-    """Start ``python -m vserve serve`` with the flags and wait for the line that says it is ready."""
+def serving(*flags: str, stderr: IO[str] | None = None) -> Iterator[Server]:
+    """Start ``python -m vserve serve`` with the flags and wait for the line that says it is ready.
+
+    stderr: a file that takes what the server says there.
+    """
     command = [sys.executable, "-m", "vserve", "serve", "--host", "127.0.0.1", "--port", "0", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment())
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=ROOT, env=environment())
     try:
         assert process.stdout is not None
         lines: list[str] = []
         url = ""
         for line in process.stdout:
             lines.append(line)
-            found = re.search(r"http://127\.0\.0\.1:\d+", line)
+            found = re.search(r"https?://127\.0\.0\.1:\d+", line)
             if found and not url:
                 url = found[0]
             if "curl" in line:  # the last line of the welcome
