@@ -127,11 +127,11 @@ def test_bad_starts_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
         cases: list[tuple[list[str], str]] = [
             (["serve", "--prot", "1"], "--prot"),
             (["serve", "--port", "x"], "--port"),
-            (["serve", str(tmp_path / "missing")], "missing"),
-            (["serve", str(empty)], "empty.gguf"),
-            (["serve", str(text)], "model.gguf"),
-            (["serve", str(folder)], "config.json"),
-            (["serve", str(strange)], "MambaForCausalLM"),
+            (["serve", "--port", "0", str(tmp_path / "missing")], "missing"),
+            (["serve", "--port", "0", str(empty)], "empty.gguf"),
+            (["serve", "--port", "0", str(text)], "model.gguf"),
+            (["serve", "--port", "0", str(folder)], "config.json"),
+            (["serve", "--port", "0", str(strange)], "MambaForCausalLM"),
             (["serve", "--host", "127.0.0.1", "--port", port], port),
         ]
         for arguments, named in cases:
