@@ -49,6 +49,11 @@ def test_each_bound_has_a_flag(flag: str, value: str, field: str, expected: obje
     assert getattr(limits(parse((flag, value), {})), field) == expected
 
 
+def test_the_clients_of_a_unix_socket_are_not_one_address() -> None:
+    config = parse(("--uds", "/tmp/socket", "--max-connections-per-address", "7"), {})
+    assert limits(config).connections_per_address is None
+
+
 @pytest.mark.parametrize(
     ("given", "taken"), [("", ""), ("/", ""), ("/llm", "/llm"), ("/llm/", "/llm"), ("/a/b", "/a/b")]
 )

@@ -176,7 +176,12 @@ class Config:
         None, "prefix that a proxy leaves on paths, such as /llm; taken off where present", "access"
     )
     max_connections_per_address: int | None = _option(
-        None, "open connections of one address before it gets 429", "access", low=1, high=1_000_000, unit="connections"
+        None,
+        "open connections of one address before it gets 429; a proxy in front is one address",
+        "access",
+        low=1,
+        high=1_000_000,
+        unit="connections",
     )
     header_timeout_s: float = _option(
         10.0, "whole time of a request's head before 408", "access", low=0.1, high=86400, unit="seconds"

@@ -67,7 +67,8 @@ def limits(config: Config) -> Limits:
     return Limits(
         body_bytes=config.body_limit_bytes,
         connections=config.max_connections,
-        connections_per_address=config.max_connections_per_address,
+        # All clients of a Unix socket have one address.
+        connections_per_address=config.max_connections_per_address if config.uds is None else None,
         header_s=config.header_timeout_s,
         body_idle_s=config.body_timeout_s,
         body_total_s=config.body_total_timeout_s,

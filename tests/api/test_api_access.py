@@ -69,6 +69,7 @@ def test_a_key_file_gives_names_digests_scopes_and_rates(tmp_path: Path) -> None
         (f"[keys.a]\nkey = {SECRET}", "not TOML, line 2"),
         ("#" * (FILE_LIMIT_BYTES + 1), "larger than"),
         ("".join(f"[keys.k{i}]\nkey = 'k{i}'\n" for i in range(MAX_KEYS + 1)), "the most is 1024"),
+        ("a = " + "1" * 5000, "not TOML"),
         ("a = " + "[" * 100_000, "nested too deeply"),
     ],
     ids=lambda value: value[:60],

@@ -51,7 +51,7 @@ def _toml(raw: bytes) -> dict[str, object]:
         return tomllib.loads(raw.decode())
     except UnicodeDecodeError:
         raise StartupError("not UTF-8") from None
-    except tomllib.TOMLDecodeError as error:  # its own text may quote the file
+    except ValueError as error:  # bad TOML or a number of too many digits; its own text may quote the file
         at = re.search(r"line \d+", str(error))
         raise StartupError(f"not TOML{f', {at[0]}' if at else ''}") from None
     except RecursionError:
