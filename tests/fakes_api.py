@@ -24,6 +24,7 @@ from vserve.engine.request import GenRequest
 from vserve.http.limits import Limits
 from vserve.http.router import Router
 from vserve.http.server import HttpServer
+from vserve.http.site import ReplyHeaders
 from vserve.text.template import ChatTemplate
 from vserve.text.tokenizer import Tokenizer
 
@@ -130,6 +131,7 @@ def standing(
     engine: Mapping[str, object] | None = None,
     template: bool = True,
     send_buffer: int | None = None,
+    reply_headers: ReplyHeaders | None = None,
     **changes: object,
 ) -> Iterator[Stand]:
     """A front end on a free loopback port; with ready false the model is still missing.
@@ -144,7 +146,12 @@ def standing(
         app = App(options(max_queue=max_queue, **changes))
         entries = table(app)
         server = HttpServer(
-            Router(routes(entries)), limits or Limits(), render, Gate(app, entries), access_log=app.exchanged
+            Router(routes(entries)),
+            limits or Limits(),
+            render,
+            Gate(app, entries),
+            reply_headers=reply_headers,
+            access_log=app.exchanged,
         )
         app.metrics.timer.start()
         listener = socket.create_server(("127.0.0.1", 0))

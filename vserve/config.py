@@ -25,6 +25,7 @@ class Flag:
 
     low, high: inclusive bounds of a number.  choices: the only values allowed.  unit: what a number counts.
     aliases: other flags with the same meaning; env: other environment variables, tried after VSERVE_*.
+    split: a list's values may also be given in one, with commas between them.
     """
 
     help: str
@@ -36,6 +37,7 @@ class Flag:
     aliases: tuple[str, ...] = ()
     env: tuple[str, ...] = ()
     parse: Callable[[str], Value] | None = None
+    split: bool = False
 
 
 def _option(default: Value, help: str, group: str, **rest: Any) -> Any:
@@ -122,6 +124,9 @@ class Config:
     port: int = _option(8000, "port to listen on; 0 takes a free one", "server", low=0, high=65535, env=("VLLM_PORT",))
     uds: str | None = _option(None, "listen on this Unix socket instead of host and port", "server")
     api_key: tuple[str, ...] = _option((), "key that clients must send; repeat the flag for several", "server")
+    api_key_file: str | None = _option(
+        None, "TOML file of named keys with scopes and rates, read again on SIGHUP", "access"
+    )
     strict: bool = _option(False, "refuse unknown request fields with 400 instead of listing them", "server")
     max_queue: int = _option(
         1024, "requests that may wait before new ones get 429", "server", low=1, high=1_000_000, unit="requests"
@@ -160,10 +165,63 @@ class Config:
     exit_on_stall: bool = _option(
         False, "end every stream with an error and exit with code 3 at --stall-timeout", "server"
     )
-    access_log: bool = _option(False, "one line on stderr for each request", "server")
+    access_log: bool = _option(False, "one JSON line on stderr for each request", "server")
+
+    ssl_certfile: str | None = _option(None, "serve TLS with this PEM certificate, read again on SIGHUP", "access")
+    ssl_keyfile: str | None = _option(None, "the certificate's PEM key; by default in the same file", "access")
+    ssl_ca_certs: str | None = _option(
+        None, "PEM authorities; every client must then have a certificate of theirs", "access"
+    )
+    allowed_origins: tuple[str, ...] = _option(
+        (),
+        "origins whose pages may read replies (CORS), or *; several with commas; none by default",
+        "access",
+        split=True,
+    )
+    allowed_methods: tuple[str, ...] = _option(
+        ("GET", "HEAD", "POST", "DELETE"),
+        "methods such pages may use, or *; GET, HEAD, POST and DELETE by default",
+        "access",
+        split=True,
+    )
+    allowed_headers: tuple[str, ...] = _option(
+        ("*",), "header fields such pages may send; * (the default): those they ask for", "access", split=True
+    )
+    allow_credentials: bool = _option(False, "such pages may send cookies and client certificates", "access")
+    root_path: str | None = _option(
+        None, "prefix that a proxy leaves on paths, such as /llm; taken off where present", "access"
+    )
+    max_connections_per_address: int | None = _option(
+        None,
+        "open connections of one address before it gets 429; a proxy in front is one address",
+        "access",
+        low=1,
+        high=1_000_000,
+        unit="connections",
+    )
+    header_timeout_s: float = _option(
+        10.0, "whole time of a request's head before 408", "access", low=0.1, high=86400, unit="seconds"
+    )
+    body_timeout_s: float = _option(
+        30.0, "silence within a request's body before 408", "access", low=0.1, high=86400, unit="seconds"
+    )
+    body_total_timeout_s: float = _option(
+        300.0, "whole time of a request's body before 408", "access", low=0.1, high=86400, unit="seconds"
+    )
+    keep_alive_timeout_s: float = _option(
+        75.0, "silence between requests before the connection is closed", "access", low=0.1, high=86400, unit="seconds"
+    )
+    write_timeout_s: float = _option(
+        60.0, "a client that reads nothing for so long is dropped", "access", low=0.1, high=86400, unit="seconds"
+    )
 
 
-GROUPS = {"model": "what to serve", "engine": "how it runs", "server": "how clients reach it"}
+GROUPS = {
+    "model": "what to serve",
+    "engine": "how it runs",
+    "server": "how clients reach it",
+    "access": "who may, from where and how slowly",
+}
 
 
 def flags() -> dict[str, tuple[dataclasses.Field[Any], Flag]]:
@@ -253,7 +311,10 @@ def _convert(item: dataclasses.Field[Any], flag: Flag, raw: Any, where: str) -> 
             raise StartupError(f"{where}: {raw!r} is not a switch; use true or false")
         return _WORDS[raw.lower()]
     if isinstance(item.default, tuple):
-        return tuple(raw) if isinstance(raw, list) else tuple(part for part in raw.split(",") if part)
+        if isinstance(raw, list) and not flag.split:
+            return tuple(raw)
+        text = ",".join(raw) if isinstance(raw, list) else raw
+        return tuple(part.strip() if flag.split else part for part in text.split(",") if part.strip())
     value = _number(item, flag, raw, where)
     if flag.choices and value not in flag.choices:
         raise StartupError(f"{where}: {raw!r} is not one of {', '.join(str(choice) for choice in flag.choices)}")

@@ -89,8 +89,8 @@ class _Service:
         from vserve.api.failure import render
         from vserve.api.routes import Gate, routes, table
         from vserve.bridge import Bridge
+        from vserve.edge import Edge, limits, root_path
         from vserve.engine.inbox import Inbox
-        from vserve.http.limits import Limits
         from vserve.http.router import Router
         from vserve.http.server import HttpServer
 
@@ -108,20 +108,23 @@ class _Service:
                 max_queued_tokens=config.max_queued_tokens,
             )
         )
+        edge = Edge(config, self._app.keys)
+        edge.watch(loop)
+        self._access_log = edge.access_log
         entries = table(self._app)
-        limits = Limits(body_bytes=config.body_limit_bytes, connections=config.max_connections)
         self._http = HttpServer(
-            Router(routes(entries)),
-            limits,
+            Router(routes(entries), root_path(config)),
+            limits(config),
             render,
             Gate(self._app, entries),
+            reply_headers=edge.cors,
             access_log=self._exchanged,
         )
         self._app.metrics.timer.start()
         if config.uds is None:
-            await self._http.listen(config.host, config.port)
+            await self._http.listen(config.host, config.port, ssl_context=edge.ssl_context)
         else:
-            await self._http.listen(uds=config.uds)
+            await self._http.listen(uds=config.uds, ssl_context=edge.ssl_context)
         self._inbox = Inbox(config.max_queue, token_limit=config.max_queued_tokens, retry_after=self._app.retry_after_s)
         self._bridge = Bridge(loop, self._inbox)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -196,13 +199,14 @@ class _Service:
     def _welcome(self, engine: Engine, name: str) -> None:
         """Say where, what and how fast, and give a line to try."""
         address = self._http.addresses[0]
+        scheme = "http" if self._config.ssl_certfile is None else "https"
         if self._config.uds is not None:
-            url, option = "http://localhost", f"--unix-socket {address} "
+            url, option = f"{scheme}://localhost", f"--unix-socket {address} "
         else:
             # What is bound to every address is reached by the loopback one.
-            url = f"http://{address}".replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+            url = f"{scheme}://{address}".replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
             option = ""
-        key = " -H 'authorization: Bearer KEY'" if self._config.api_key else ""
+        key = " -H 'authorization: Bearer KEY'" if self._app.keys.guards("infer") else ""
         took = time.perf_counter() - self._began_s
         print(engine.plan.explain())
         print(f"vserve {__version__} serves {name} on {engine.device.type} at {url} (ready in {took:.1f} s)")
@@ -219,8 +223,8 @@ class _Service:
 
     def _exchanged(self, entry: AccessEntry) -> None:
         self._app.exchanged(entry)
-        if self._config.access_log:
-            log.info("%s", entry)
+        if self._access_log is not None:
+            self._access_log(entry)
 
     def _on_failure(self, error: BaseException) -> None:
         self._failure = error

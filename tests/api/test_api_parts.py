@@ -8,7 +8,7 @@ import itertools
 import pytest
 
 from tests.fakes_api import options
-from vserve.api.access import Keys
+from vserve.api.access import METRICS, Keys
 from vserve.api.app import App
 from vserve.api.defaults import Defaults
 from vserve.api.generation import ignored_header
@@ -61,16 +61,16 @@ def test_the_phase_is_the_stage_only_while_starting() -> None:
 )
 def test_a_missing_or_wrong_key_is_401(value: str | None) -> None:
     with pytest.raises(Unauthorized) as caught:
-        Keys(["right", "other"]).check(value)
+        Keys(["right", "other"]).check(value, "infer")
     assert ("www-authenticate", "Bearer") in caught.value.headers()
     assert "right" not in caught.value.message
 
 
 def test_each_key_has_its_own_salt_and_no_key_has_none() -> None:
     keys = Keys(["right", "other"])
-    salts = {keys.check("Bearer right"), keys.check("bearer right"), keys.check("Bearer other")}
+    salts = {keys.salt("Bearer right"), keys.salt("bearer right"), keys.salt("Bearer other")}
     assert len(salts) == 2
-    assert Keys(()).check(None) == b""
+    assert Keys(()).salt(None) == b""
 
 
 class Clock:
@@ -164,8 +164,9 @@ def test_the_ignored_fields_header_is_bounded_and_safe() -> None:
 def test_every_route_is_guarded_but_the_probes_and_the_metrics() -> None:
     entries = table(App(options()))
     assert {entry.name for entry in entries if entry.auth == OPEN} == {
-        "ping", "health", "ready", "live", "startup", "version", "metrics",
+        "ping", "health", "ready", "live", "startup", "version",
     }  # fmt: skip
+    assert {entry.name for entry in entries if entry.auth == METRICS} == {"metrics"}
     assert len({entry.name for entry in entries}) == len(entries)
     assert all(route.body == (route.method == "POST" and route.auth != OPEN) for route in routes(entries))
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -40,7 +40,9 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def serving(*flags: str, program: tuple[str, ...] = ("-m", "vserve"), stderr: TextIO | None = None) -> Iterator[Server]:
+def serving(
+    *flags: str, program: tuple[str, ...] = ("-m", "vserve"), stderr: IO[str] | None = None
+) -> Iterator[Server]:
     """Start ``python -m vserve serve`` with the flags and wait for the line that says it is ready.
 
     program: what Python runs instead.  stderr: where its stderr goes, the test's by default.
@@ -53,7 +55,7 @@ def serving(*flags: str, program: tuple[str, ...] = ("-m", "vserve"), stderr: Te
         url = ""
         for line in process.stdout:
             lines.append(line)
-            found = re.search(r"http://127\.0\.0\.1:\d+", line)
+            found = re.search(r"https?://127\.0\.0\.1:\d+", line)
             if found and not url:
                 url = found[0]
             if "curl" in line:  # the last line of the welcome

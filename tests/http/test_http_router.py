@@ -95,3 +95,28 @@ def test_a_row_cannot_be_given_twice(patterns: tuple[str, str]) -> None:
 def test_a_malformed_pattern_is_an_error_at_start(pattern: str) -> None:
     with pytest.raises(ValueError, match="malformed"):
         Router([row("GET", pattern, "a")])
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/llm/models", "list"),
+        ("/models", "list"),
+        ("/llm/models/llm/models", "model"),
+        ("/llmmodels", None),
+        ("/llm", None),
+        ("/llm/llm/models", None),
+        ("/LLM/models", None),
+    ],
+)
+def test_a_root_path_is_taken_off_once_where_it_is_there(path: str, name: str | None) -> None:
+    router = Router(ROUTER.routes, "/llm")
+    if name is None:
+        with pytest.raises(ApiError):
+            router.match("GET", path)
+        with pytest.raises(ApiError):
+            router.allow(path)
+    else:
+        assert router.match("GET", path)[0].name == name
+        assert "GET" in router.allow(path)
+    assert router.allow("*") == router.methods

@@ -1,41 +1,141 @@
-"""Who may call: bearer keys, compared as hashes in constant time, and the cache salt each key gets.
+"""Who may call: bearer keys, compared as hashes in constant time, their scopes, rates and prefix-cache salts.
 
-Holds no key in clear text after construction and never says which part of a key was wrong.
+Holds no key in clear text after construction and never says which part of a key was wrong.  Knows no file: named keys
+are read by key_file.py.  Event-loop thread only.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
-from vserve.errors import Unauthorized
+from vserve.errors import PermissionDenied, RateLimited, StartupError, Unauthorized
+
+METRICS = "metrics"
+SCOPES = frozenset({"infer", "admin", METRICS})
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One accepted key.  name: None for a key of the command line, which has every scope and no rate.
+
+    digest: SHA-256 of the key.  requests_per_minute: None is no bound.
+    """
+
+    name: str | None
+    digest: bytes = field(repr=False)
+    scopes: frozenset[str] = SCOPES
+    requests_per_minute: float | None = None
+
+    @property
+    def salt(self) -> bytes:
+        """The prefix-cache salt, 16 bytes.  That of a named key outlives a change of the key itself."""
+        root = b"cache salt" + self.digest if self.name is None else b"cache salt of\0" + self.name.encode()
+        return hashlib.sha256(root).digest()[:16]
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """Requests that a key may still make at once; grows with time up to a minute's worth."""
+
+    left: float
+    at_s: float
 
 
 class Keys:
     """The accepted API keys; none means that everyone may call."""
 
-    def __init__(self, keys: Iterable[str]) -> None:
-        self._digests = tuple(_digest(key) for key in keys)
+    def __init__(self, keys: Iterable[str] = (), clock: Callable[[], float] = time.monotonic) -> None:
+        """keys: those of the command line.  Raises StartupError, which does not repeat it, for one no header can carry.
 
-    def check(self, authorization: str | None) -> bytes:
-        """The caller's cache salt (b"" when no keys are configured).  Raises Unauthorized for a missing or wrong key.
-
-        authorization: the header's value, ``Bearer <key>``.
+        clock: seconds, never set back.
         """
-        if not self._digests:
-            return b""
-        scheme, _, key = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
+        self._clock = clock
+        try:
+            self._plain = tuple(Key(None, digest(key)) for key in keys)
+        except StartupError as error:
+            raise StartupError(f"--api-key: {error}") from None
+        self._all = self._plain
+        self._buckets: dict[str, _Bucket] = {}
+
+    def name(self, keys: Iterable[Key]) -> None:
+        """Replace the named keys.  Raises StartupError, and changes nothing, when two are the same key."""
+        everything = (*self._plain, *keys)
+        seen: dict[bytes, str] = {}
+        for key in everything:
+            label = "--api-key" if key.name is None else repr(key.name)
+            if key.name is not None and key.digest in seen:
+                raise StartupError(f"{seen[key.digest]} and {label} are the same API key")
+            seen[key.digest] = label
+        self._all = everything
+        names = {key.name for key in everything}  # what was spent stays spent
+        self._buckets = {name: bucket for name, bucket in self._buckets.items() if name in names}
+
+    def guards(self, scope: str) -> bool:
+        """Whether a route of this scope asks for a key.  Metrics do only once a named key has that scope."""
+        if scope == METRICS:
+            return any(key.name is not None and METRICS in key.scopes for key in self._all)
+        return bool(self._all)
+
+    def check(self, authorization: str | None, scope: str) -> Key | None:
+        """The caller's key, None where none is asked for.
+
+        authorization: the header's value, ``Bearer <key>``.  Raises Unauthorized for a missing or wrong key,
+        PermissionDenied for one without the scope.
+        """
+        if not self.guards(scope):
+            return None
+        caller = self._caller(authorization)
+        if scope not in caller.scopes:
+            raise PermissionDenied(f"The API key does not have the scope {scope}.")
+        return caller
+
+    def spend(self, caller: Key | None) -> RateLimited | None:
+        """Count one request against the caller's rate; the 429, which counts nothing, when it has none left."""
+        if caller is None or caller.name is None or caller.requests_per_minute is None:
+            return None
+        most, per_s = max(1.0, caller.requests_per_minute), caller.requests_per_minute / 60
+        now_s = self._clock()
+        bucket = self._buckets.setdefault(caller.name, _Bucket(most, now_s))
+        bucket.left = min(most, bucket.left + (now_s - bucket.at_s) * per_s)
+        bucket.at_s = now_s
+        # A hair below one is one: a client that waits exactly as long as it was told must not be refused again.
+        if bucket.left < 1 - 1e-6:
+            return RateLimited(
+                f"This API key may make {caller.requests_per_minute:g} requests a minute; try again later.",
+                retry_after_s=max(1, math.ceil((1 - bucket.left) / per_s - 1e-3)),
+            )
+        bucket.left -= 1
+        return None
+
+    def salt(self, authorization: str | None) -> bytes:
+        """The caller's cache salt; b"" when no keys are configured.  Raises Unauthorized as check does."""
+        return self._caller(authorization).salt if self._all else b""
+
+    def _caller(self, authorization: str | None) -> Key:
+        scheme, _, given = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not given.strip():
             raise Unauthorized("An API key is required: send the header Authorization: Bearer <key>.")
-        digest = _digest(key.strip())
-        found = False
-        for known in self._digests:  # all of them, whichever matches: the time must not tell
-            found |= hmac.compare_digest(digest, known)
-        if not found:
+        hashed = _hash(given.strip())
+        found: Key | None = None
+        for known in self._all:  # all of them, whichever matches: the time must not tell
+            if hmac.compare_digest(hashed, known.digest):
+                found = known
+        if found is None:
             raise Unauthorized("The API key is not valid.")
-        return hashlib.sha256(b"cache salt" + digest).digest()[:16]
+        return found
 
 
-def _digest(key: str) -> bytes:
+def digest(key: str) -> bytes:
+    """SHA-256 of a key.  Raises StartupError, which does not repeat it, for one that no header can carry."""
+    if not key or not all("!" <= char <= "~" for char in key):
+        raise StartupError("an API key must be one or more visible ASCII characters")
+    return _hash(key)
+
+
+def _hash(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

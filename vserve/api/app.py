@@ -249,7 +249,7 @@ class App:
 
     def salt(self, exchange: Exchange, asked: str | None) -> bytes:
         """The prefix-cache salt of this request: the caller's own, then the one it asked for."""
-        own = self.keys.check(exchange.request.headers.get("authorization"))
+        own = self.keys.salt(exchange.request.headers.get("authorization"))
         return own if asked is None else own + asked.encode("utf-8", "surrogatepass")
 
 

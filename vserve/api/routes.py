@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from vserve.api.access import METRICS, Key
 from vserve.api.app import App
 from vserve.api.chat import Chat
 from vserve.api.completions import Completions
@@ -62,7 +63,7 @@ def table(app: App) -> tuple[Entry, ...]:
         Entry("live", get, ("/livez",), ops.live, OPEN, Need.NOTHING),
         Entry("startup", get, ("/startupz",), ops.startup, OPEN, Need.NOTHING),
         Entry("version", get, ("/version",), ops.version, OPEN, Need.NOTHING),
-        Entry("metrics", get, ("/metrics",), ops.metrics, OPEN, Need.NOTHING),
+        Entry("metrics", get, ("/metrics",), ops.metrics, METRICS, Need.NOTHING),
         Entry("load", get, ("/load",), ops.load, INFER, Need.NOTHING),
         Entry("models", get, ("/v1/models",), models.list, INFER, Need.MODEL),
         Entry("model", get, ("/v1/models/{id:path}",), models.retrieve, INFER, Need.MODEL),
@@ -83,7 +84,7 @@ def routes(entries: Sequence[Entry]) -> list[Route]:
             entry.name,
             auth=entry.auth,
             body=method == "POST" and entry.auth != OPEN,
-            vital=entry.auth == OPEN,
+            vital=entry.auth in (OPEN, METRICS),
         )
         for entry in entries
         for pattern in entry.patterns
@@ -107,14 +108,16 @@ class Gate:
 
     def _refusal(self, head: HasHeaders, route: Route) -> ApiError | None:
         app, entry = self._app, self._entries.get(route.name)
+        caller: Key | None = None
         if route.auth != OPEN:
             try:
-                app.keys.check(head.headers.get("authorization"))
+                caller = app.keys.check(head.headers.get("authorization"), route.auth)
             except ApiError as error:
                 return error
-        if entry is None or entry.need is Need.NOTHING:
-            return None
-        refusal: ApiError | None = app.unavailable()
-        if refusal is None and entry.need is Need.ROOM:
-            refusal = app.overloaded()
-        return refusal
+        refusal: ApiError | None = None
+        if entry is not None and entry.need is not Need.NOTHING:
+            refusal = app.unavailable()
+            if refusal is None and entry.need is Need.ROOM:
+                refusal = app.overloaded()
+        # Last: only a request that is let in otherwise counts against its key's rate.
+        return refusal if refusal is not None else app.keys.spend(caller)

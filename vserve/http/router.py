@@ -35,9 +35,13 @@ class Route:
 class Router:
     """Finds the route of a request.  Immutable once built; any thread."""
 
-    def __init__(self, routes: Sequence[Route]) -> None:
-        """routes: patterns with parameters are tried in this order, after the plain paths.  ValueError on a repeat."""
+    def __init__(self, routes: Sequence[Route], root_path: str = "") -> None:
+        """routes: patterns with parameters are tried in this order, after the plain paths.  ValueError on a repeat.
+
+        root_path: a prefix such as "/llm" that is taken off a path that has it; paths without it are served as well.
+        """
         self.routes = tuple(routes)
+        self._root = f"{root_path}/"
         plain: dict[str, dict[str, Route]] = {}
         matched: dict[str, dict[str, Route]] = {}
         for route in self.routes:
@@ -67,6 +71,8 @@ class Router:
         return self.methods if path == "*" else _allow(self._row(path)[0])
 
     def _row(self, path: str) -> tuple[dict[str, Route], dict[str, str]]:
+        if len(self._root) > 1 and path.startswith(self._root):
+            path = path[len(self._root) - 1 :]
         row = self._plain.get(path)
         if row is not None:
             return row, {}

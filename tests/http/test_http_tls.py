@@ -1,0 +1,181 @@
+"""TLS on real sockets: handshakes, client certificates, new certificates in a running server, garbage."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import ssl
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from tests.certificates import certificate
+from tests.fakes_http import render_error
+from vserve.errors import StartupError
+from vserve.http.exchange import Response
+from vserve.http.limits import Limits
+from vserve.http.router import Route, Router
+from vserve.http.server import HttpServer
+from vserve.http.tls import Tls, TlsFiles
+
+Ask = Callable[..., Awaitable[tuple[int, bytes]]]
+
+
+def get(port: int, trusted: str, client: tuple[str, str] | None, version: ssl.TLSVersion | None) -> tuple[int, bytes]:
+    """GET /ping, trusting one certificate only: the status and the server's certificate."""
+    context = ssl.create_default_context(cafile=trusted)
+    if client is not None:
+        context.load_cert_chain(*client)
+    if version is not None:
+        context.minimum_version = context.maximum_version = version
+    link = http.client.HTTPSConnection("127.0.0.1", port, timeout=20, context=context)
+    try:
+        link.request("GET", "/ping")
+        status = link.getresponse().status
+        assert isinstance(link.sock, ssl.SSLSocket)
+        return status, link.sock.getpeercert(binary_form=True) or b""
+    finally:
+        link.close()
+
+
+def run(tls: Tls, steps: Callable[[Ask, HttpServer], Awaitable[None]]) -> None:
+    """Serve with the context on uvloop while the steps ask."""
+
+    async def main() -> None:
+        routes = [Route("GET", "/ping", lambda _: Response(200), "ping", auth="open", vital=True)]
+        server = HttpServer(Router(routes), Limits(), render_error)
+        await server.listen("127.0.0.1", 0, ssl_context=tls.context)
+
+        async def ask(
+            trusted: str, client: tuple[str, str] | None = None, version: ssl.TLSVersion | None = None
+        ) -> tuple[int, bytes]:
+            return await asyncio.to_thread(get, server.port or 0, trusted, client, version)
+
+        try:
+            await steps(ask, server)
+        finally:
+            await server.close(1.0)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(asyncio.wait_for(main(), 60))
+
+
+def der(cert: str) -> bytes:
+    return ssl.PEM_cert_to_DER_cert(Path(cert).read_text())
+
+
+@contextmanager
+def refused() -> Iterator[None]:
+    """The handshake fails; under TLS 1.3 the client may see that only as a closed connection."""
+    with pytest.raises((ssl.SSLError, ConnectionError, http.client.RemoteDisconnected)):
+        yield
+
+
+def test_a_request_over_tls_is_answered_and_old_versions_are_not(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path, "one")
+
+    async def steps(ask: Ask, server: HttpServer) -> None:
+        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+            assert await ask(cert, None, version) == (200, der(cert))
+        # Plain bytes on a TLS port: the handshake fails, nothing else does.
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"GET /ping HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert not (await reader.read()).startswith(b"HTTP")
+        writer.close()
+        assert (await ask(cert))[0] == 200
+
+    tls = Tls(TlsFiles(cert, key))
+    assert tls.context.minimum_version == ssl.TLSVersion.TLSv1_2
+    run(tls, steps)
+
+
+def test_one_file_may_hold_certificate_and_key(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path, "one")
+    both = tmp_path / "both.pem"
+    both.write_text(Path(cert).read_text() + Path(key).read_text())
+
+    async def steps(ask: Ask, server: HttpServer) -> None:
+        assert (await ask(cert))[0] == 200
+
+    run(Tls(TlsFiles(str(both))), steps)
+
+
+def test_with_authorities_every_client_needs_a_certificate_of_theirs(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path, "server")
+    friend, stranger = certificate(tmp_path, "friend"), certificate(tmp_path, "stranger")
+
+    async def steps(ask: Ask, server: HttpServer) -> None:
+        assert (await ask(cert, friend))[0] == 200
+        for client in (None, stranger):
+            with refused():
+                await ask(cert, client)
+        assert (await ask(cert, friend))[0] == 200
+
+    run(Tls(TlsFiles(cert, key, friend[0])), steps)
+
+
+def test_a_reload_brings_the_new_certificate_and_garbage_keeps_the_old(tmp_path: Path) -> None:
+    one, two, live = (certificate(tmp_path, name) for name in ("one", "two", "live"))
+
+    def put(pair: tuple[str, str]) -> None:
+        for source, target in zip(pair, live, strict=True):
+            Path(target).write_bytes(Path(source).read_bytes())
+
+    put(one)
+    tls = Tls(TlsFiles(*live))
+
+    async def steps(ask: Ask, server: HttpServer) -> None:
+        assert await ask(one[0]) == (200, der(one[0]))
+        put(two)
+        tls.reload()
+        assert await ask(two[0]) == (200, der(two[0]))
+        bad: list[tuple[str, bytes]] = [
+            (live[0], b"garbage"),
+            (live[0], b""),
+            (live[1], b"garbage"),
+            (live[1], Path(one[1]).read_bytes()),  # another certificate's key
+            (live[0], Path(one[0]).read_bytes()),
+        ]
+        for path, content in bad:
+            put(two)
+            Path(path).write_bytes(content)
+            with pytest.raises(StartupError, match="--ssl-certfile") as caught:
+                tls.reload()
+            assert "\n" not in str(caught.value)
+            assert await ask(two[0]) == (200, der(two[0]))
+        Path(live[0]).unlink()
+        with pytest.raises(StartupError, match="No such file"):
+            tls.reload()
+        assert await ask(two[0]) == (200, der(two[0]))
+
+    run(tls, steps)
+
+
+def test_a_reload_trusts_new_authorities_and_keeps_the_old_on_garbage(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path, "server")
+    friend, other = certificate(tmp_path, "friend"), certificate(tmp_path, "other")
+    trusted = tmp_path / "ca.pem"
+    trusted.write_bytes(Path(friend[0]).read_bytes())
+    tls = Tls(TlsFiles(cert, key, str(trusted)))
+
+    async def steps(ask: Ask, server: HttpServer) -> None:
+        with refused():
+            await ask(cert, other)
+        trusted.write_bytes(b"garbage")
+        with pytest.raises(StartupError, match="--ssl-ca-certs"):
+            tls.reload()
+        assert (await ask(cert, friend))[0] == 200
+        trusted.write_bytes(Path(other[0]).read_bytes())
+        tls.reload()
+        assert (await ask(cert, other))[0] == 200
+
+    run(tls, steps)
+
+
+def test_an_encrypted_key_is_refused_instead_of_asking_the_terminal(tmp_path: Path) -> None:
+    files = certificate(tmp_path, "locked", "-passout", "pass:secret")
+    with pytest.raises(StartupError, match="the key is encrypted"):
+        Tls(TlsFiles(*files))

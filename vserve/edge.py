@@ -1,0 +1,104 @@
+"""Edge: what stands between the sockets and the routes, as the Config has it: limits, TLS, keys, CORS, access log.
+
+Made before anything listens, so that a bad file or flag ends the start.  SIGHUP reads the files again.  L only.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import ssl
+import sys
+from asyncio import AbstractEventLoop
+
+from vserve.api.access import Keys
+from vserve.api.cors import Cors
+from vserve.api.key_file import read_keys
+from vserve.config import Config
+from vserve.errors import StartupError
+from vserve.http.access_log import AccessWriter
+from vserve.http.limits import Limits
+from vserve.http.tls import Tls, TlsFiles
+
+log = logging.getLogger("vserve")
+
+
+class Edge:
+    """The parts; those not asked for are None."""
+
+    def __init__(self, config: Config, keys: Keys) -> None:
+        """keys: takes the named ones.  Raises StartupError, one line, for files and flags that cannot be used."""
+        self._key_file = config.api_key_file
+        self._keys = keys
+        self._tls = _tls(config)
+        if self._key_file is not None:
+            keys.name(read_keys(self._key_file))
+        self.cors = _cors(config)
+        self.access_log = AccessWriter(sys.stderr.write) if config.access_log else None
+
+    @property
+    def ssl_context(self) -> ssl.SSLContext | None:
+        return self._tls.context if self._tls is not None else None
+
+    def watch(self, loop: AbstractEventLoop) -> None:
+        """Reload on SIGHUP.  With nothing to reload the signal keeps its meaning, the end of the terminal."""
+        if self._key_file is not None or self._tls is not None:
+            loop.add_signal_handler(signal.SIGHUP, self.reload)
+
+    def reload(self) -> None:
+        """Read keys and certificates again; of each, what cannot be used leaves the old in place and one line."""
+        if self._key_file is not None:
+            try:
+                keys = read_keys(self._key_file)
+                self._keys.name(keys)
+                log.info("reloaded %d API keys", len(keys))
+            except StartupError as error:
+                log.error("the API keys stay as they were: %s", error)
+        if self._tls is not None:
+            try:
+                self._tls.reload()
+                log.info("reloaded the certificate")
+            except StartupError as error:
+                log.error("the certificate stays as it was: %s", error)
+
+
+def limits(config: Config) -> Limits:
+    """The bounds of the wire half."""
+    return Limits(
+        body_bytes=config.body_limit_bytes,
+        connections=config.max_connections,
+        # All clients of a Unix socket have one address.
+        connections_per_address=config.max_connections_per_address if config.uds is None else None,
+        header_s=config.header_timeout_s,
+        body_idle_s=config.body_timeout_s,
+        body_total_s=config.body_total_timeout_s,
+        keep_alive_s=config.keep_alive_timeout_s,
+        write_stall_s=config.write_timeout_s,
+    )
+
+
+def root_path(config: Config) -> str:
+    """The prefix as the router takes it, "" for none.  Raises StartupError for one that no path can begin with."""
+    path = (config.root_path or "").rstrip("/")
+    if path and (not path.startswith("/") or "//" in path or not all("!" <= c <= "~" and c not in "?#%" for c in path)):
+        raise StartupError(f"--root-path: {path!r} is not a path such as /llm")
+    return path
+
+
+def _tls(config: Config) -> Tls | None:
+    if config.ssl_certfile is not None:
+        return Tls(TlsFiles(config.ssl_certfile, config.ssl_keyfile, config.ssl_ca_certs))
+    for flag, value in (("--ssl-keyfile", config.ssl_keyfile), ("--ssl-ca-certs", config.ssl_ca_certs)):
+        if value is not None:
+            raise StartupError(f"{flag} needs --ssl-certfile")
+    return None
+
+
+def _cors(config: Config) -> Cors | None:
+    cors = Cors(
+        config.allowed_origins,
+        config.allowed_methods,
+        config.allowed_headers,
+        credentials=config.allow_credentials,
+    )
+    return cors if config.allowed_origins else None
