@@ -4,6 +4,7 @@ places in it where a test puts a fault."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import socket
@@ -379,6 +380,7 @@ def running(
 
     At the end nothing may be left: no reply, sequence, page, task, connection, thread or descriptor.
     """
+    gc.collect()  # sockets that earlier tests forgot are closed now, not while the rest is counted
     before = descriptors()
     loop = uvloop.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="loop", daemon=True)
@@ -404,7 +406,7 @@ def running(
     try:
         yield stack
         stack.settled()
-        assert descriptors() == opened, "a descriptor was left open"
+        stack.until(lambda: descriptors() <= opened)  # libuv closes a pass of the loop after it reports the end
     finally:
         asyncio.run_coroutine_threadsafe(stack.stop(), loop).result(PATIENCE_S)
         stack.thread.join(PATIENCE_S)
@@ -414,4 +416,4 @@ def running(
         stack.inbox.close()
     assert not stack.thread.is_alive()
     assert not thread.is_alive()
-    assert descriptors() == before
+    assert descriptors() <= before, "a descriptor was left open"
