@@ -39,15 +39,19 @@ class Chat:
         asked = parse_chat(fields, served.model.vocab_size, app.options.strict)
         wanted = asked.wanted
         head = reply_head(served, exchange, wanted, "chatcmpl-")
-        prompt = Prompt(await prompt_ids(app, served, asked.conversation), "messages", _lead(asked))
-        order = Order(
-            wanted=wanted,
-            prompts=(prompt,),
-            default_max_tokens=served.defaults.max_tokens,
-            continuation=asked.conversation.continue_final_message,
-        )
         text = TokenText(served.model.tokenizer, wanted.tokens_as_ids)
-        return await generate(app, served, exchange, order, ChatDialect(head, wanted, text))
+        return await generate(app, served, exchange, await prepare(app, served, asked), ChatDialect(head, wanted, text))
+
+
+async def prepare(app: App, served: Served, asked: ChatRequest) -> Order:
+    """What is to be generated for a conversation, whichever endpoint it came through.  Raises BadRequest."""
+    prompt = Prompt(await prompt_ids(app, served, asked.conversation), "messages", _lead(asked))
+    return Order(
+        wanted=asked.wanted,
+        prompts=(prompt,),
+        default_max_tokens=served.defaults.max_tokens,
+        continuation=asked.conversation.continue_final_message,
+    )
 
 
 async def prompt_ids(app: App, served: Served, conversation: Conversation) -> list[int]:
