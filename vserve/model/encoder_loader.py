@@ -70,7 +70,9 @@ def _head(config: EncoderConfig) -> tuple[str, ...]:
     """The two matrices of a cross-encoder's head; () for a model without one."""
     if not config.architecture.cross:
         return ()
-    return ("classifier.dense", "classifier.out_proj") if config.architecture.roberta else ("pooler.dense", "classifier")
+    return (
+        ("classifier.dense", "classifier.out_proj") if config.architecture.roberta else ("pooler.dense", "classifier")
+    )
 
 
 class _Loading:
@@ -159,9 +161,7 @@ def _checked(weights: Weights, config: EncoderConfig) -> dict[str, str]:
             raise StartupError(f"tensor {prefix}{name} is missing, which {model} needs with shape {list(shape)}")
         found = weights.get(stored).shape
         if found != shape:
-            raise StartupError(
-                f"tensor {stored} has shape {list(found)}, but {model} of this size needs {list(shape)}"
-            )
+            raise StartupError(f"tensor {stored} has shape {list(found)}, but {model} of this size needs {list(shape)}")
         names[name] = stored
     used = frozenset(names.values())
     for name in weights.names():

@@ -77,9 +77,7 @@ class EncoderSource:
         return SafetensorsWeights(self.path)
 
 
-def resolve_encoder(
-    model: str, *, environ: Mapping[str, str], progress: hub.Progress | None = None
-) -> EncoderSource:
+def resolve_encoder(model: str, *, environ: Mapping[str, str], progress: hub.Progress | None = None) -> EncoderSource:
     """Find an embedding model: an existing folder, else a hub id; StartupError when there is none.
 
     environ: the process environment, for the Hugging Face variables.  progress: called while a download runs.
@@ -182,9 +180,11 @@ def _pooling(folder: Path, module: Fields) -> tuple[Pooling, ...]:
             raise StartupError(f"{shorten(str(path))}: no pooling mode is on")
         return found
     names = modes if isinstance(modes, list) else [modes]
-    if not names or len(names) > len(Pooling) or not all(mode in list(Pooling) for mode in names):
-        raise fields.fail("pooling_mode", f"supported are {', '.join(Pooling)}")
-    return tuple(Pooling(mode) for mode in names)
+    poolings = tuple(mode for mode in Pooling for name in names[: len(Pooling)] if name == mode)
+    if not names or len(poolings) != len(names):
+        raise fields.fail("pooling_mode", f"supported are {', '.join(Pooling)}, each once")
+    # In the order of the file: that is the order of the numbers.
+    return tuple(sorted(poolings, key=names.index))
 
 
 def _limits(folder: Path, positions: int) -> tuple[int, bool]:
