@@ -22,7 +22,7 @@ from vserve.errors import EngineDied, StartupError
 from vserve.model.encoder import Encoder
 from vserve.model.encoder_loader import load_encoder
 from vserve.model.encoder_source import EncoderSource, names_encoder, resolve_encoder
-from vserve.model.threads import Sharing
+from vserve.model.threads import Sharing, StepThreads
 from vserve.observe.heartbeat import Heartbeat
 from vserve.observe.progress import Reporter
 from vserve.text.encoder_tokenizer import EncoderTokenizer
@@ -106,10 +106,13 @@ def assemble_encoder(
 def _preparer(sharing: Sharing) -> Callable[[bool], None]:
     """What the thread does before a batch, and when there is none: says so, and takes the threads that are its."""
 
+    threads = StepThreads(sharing.total)
+    threads.limit = lambda: sharing.encoder_threads
+
     def prepare(busy: bool) -> None:
         sharing.encoding = busy
-        if busy and torch.get_num_threads() != sharing.encoder_threads:
-            torch.set_num_threads(sharing.encoder_threads)
+        if busy:
+            threads.prepare()
 
     return prepare
 

@@ -133,7 +133,7 @@ class EncodingQueue:
             if not waiting:
                 return []
             taken: list[Part] = []
-            # Two rounds: a share for each, so that a short request need not wait for a long one; then the rest in order.
+            # Two rounds: a share each, so that a short request need not wait for a long one; then the rest in order.
             left = token_budget
             for share in (max(1, token_budget // len(waiting)), token_budget):
                 for job in waiting:

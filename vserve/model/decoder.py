@@ -47,7 +47,7 @@ class Decoder:
     def share_cores(self, sharing: Sharing) -> None:
         """Leave an encoder in this process its part of the cores.  Before the first step."""
         if self._threads is not None:
-            self._threads.sharing = sharing
+            self._threads.limit = lambda: sharing.step_threads
 
     def new_cache(self, num_blocks: int, block_size: int) -> KvCache:
         """Zeroed pages of block_size tokens for every layer; on a CPU a page takes memory when it is first written."""

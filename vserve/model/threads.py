@@ -88,7 +88,7 @@ class Sharing:
 class StepThreads:
     """Sets PyTorch's threads before each step: all_threads (default: PyTorch's own count), or one fewer.
 
-    sharing: set where an encoder runs in the same process; its share is left to it.
+    limit: most threads now; set where two models compute in one process.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class StepThreads:
         neighbours: Neighbours | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.sharing: Sharing | None = None
+        self.limit: Callable[[], int] | None = None
         self._all = torch.get_num_threads() if all_threads is None else all_threads
         self._neighbours = neighbours or Neighbours(_own_cpus(), _read_stat)
         self._clock = clock
@@ -111,7 +111,7 @@ class StepThreads:
             self._next_look_s = now + LOOK_EVERY_S
             shared = self._neighbours.look() > SHARED_CORES
             self._wanted = max(1, self._all - 1) if shared else self._all
-        wanted = self._wanted if self.sharing is None else min(self._wanted, self.sharing.step_threads)
+        wanted = self._wanted if self.limit is None else min(self._wanted, self.limit())
         if torch.get_num_threads() != wanted:
             torch.set_num_threads(wanted)
 
