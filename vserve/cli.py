@@ -1,8 +1,8 @@
 """The command line: argv -> Config -> a command, and the exit code.
 
-Exit codes: 0 done, or drained after a signal; 1 a bug; 2 a flag, a file or an address that cannot be used (one line on
-stderr says which); 3 the engine died while serving, or hung with --exit-on-stall.  Nothing heavy is imported before
-argv has been understood.
+Exit codes: 0 done, or drained after a signal; 1 a bug, or vserve health found the server unwell; 2 a flag, a file or an
+address that cannot be used (one line on stderr says which); 3 the engine died while serving, or hung with
+--exit-on-stall.  Nothing heavy is imported before argv has been understood.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ EXIT_BAD_START = 2
 USAGE = """usage: vserve COMMAND [flags]
 
   serve [MODEL]   serve a model over an OpenAI-compatible API; with no command, serve is meant
+  health          ask a running server whether it is healthy; for container probes
   version         print the version
 
 vserve serve --help lists the flags; each is also an environment variable (--max-queue: VSERVE_MAX_QUEUE).
@@ -58,6 +59,12 @@ def _serve(words: Sequence[str], environ: Mapping[str, str]) -> int:
     return serve(settings)
 
 
+def _health(words: Sequence[str], environ: Mapping[str, str]) -> int:
+    from vserve.client import health
+
+    return health.run(words, environ)
+
+
 def _version(words: Sequence[str], environ: Mapping[str, str]) -> int:
     if words:
         raise StartupError(f"version takes no arguments, got {words[0]!r}")
@@ -65,7 +72,11 @@ def _version(words: Sequence[str], environ: Mapping[str, str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str], Mapping[str, str]], int]] = {"serve": _serve, "version": _version}
+COMMANDS: dict[str, Callable[[Sequence[str], Mapping[str, str]], int]] = {
+    "serve": _serve,
+    "health": _health,
+    "version": _version,
+}
 
 
 if __name__ == "__main__":
