@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from vserve import __version__, config
+from vserve import __version__, settings
 from vserve.errors import StartupError
 
 EXIT_BAD_START = 2
@@ -19,10 +19,12 @@ EXIT_BAD_START = 2
 USAGE = """usage: vserve COMMAND [flags]
 
   serve [MODEL]   serve a model over an OpenAI-compatible API; with no command, serve is meant
+  config          print the settings that serve would have, and where each comes from
   health          ask a running server whether it is healthy; for container probes
   version         print the version
 
-vserve serve --help lists the flags; each is also an environment variable (--max-queue: VSERVE_MAX_QUEUE).
+vserve serve --help lists the flags; each is also an environment variable (--max-queue: VSERVE_MAX_QUEUE) and a key of
+the TOML file that --config names (max-queue = 10).
 """
 
 
@@ -53,10 +55,21 @@ def _run(words: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 def _serve(words: Sequence[str], environ: Mapping[str, str]) -> int:
-    settings = config.parse(words, environ)
+    found = settings.read(words, environ)
+    for note in found.notes:
+        print(f"vserve: {note}", file=sys.stderr)
     from vserve.serve import serve
 
-    return serve(settings)
+    return serve(found.config)
+
+
+def _config(words: Sequence[str], environ: Mapping[str, str]) -> int:
+    if any(word in ("-h", "--help") for word in words):
+        print("usage: vserve config [the flags of vserve serve]\n\nPrint the settings that vserve serve would have "
+              "with these flags, as a TOML file,\neach with its origin.  --config FILE reads such a file.")  # fmt: skip
+        return 0
+    print(settings.show(settings.read(words, environ)), end="")
+    return 0
 
 
 def _health(words: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -74,6 +87,7 @@ def _version(words: Sequence[str], environ: Mapping[str, str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str], Mapping[str, str]], int]] = {
     "serve": _serve,
+    "config": _config,
     "health": _health,
     "version": _version,
 }
