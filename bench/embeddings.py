@@ -15,6 +15,7 @@ import contextlib
 import importlib.util
 import json
 import multiprocessing
+import os
 import random
 import statistics
 import sys
@@ -50,6 +51,14 @@ def batches(texts: int, batch: int, words: int, seed: int) -> list[list[str]]:
     rng = random.Random(seed)
     made = [" ".join(rng.choices(WORDS, k=rng.randint(words // 2, words + words // 2))) for _ in range(texts)]
     return [made[i : i + batch] for i in range(0, texts, batch)]
+
+
+def cpu_s(pid: int | None) -> float:
+    """Seconds of processor time that a process has used: what a busy machine changes least."""
+    if pid is None:
+        return 0.0
+    words = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def drive(port: int, work: list[list[str]], clients: int) -> tuple[float, list[float]]:
@@ -89,16 +98,16 @@ def drive(port: int, work: list[list[str]], clients: int) -> tuple[float, list[f
 
 
 def peer_main(model: str, line: multiprocessing.connection.Connection) -> None:
-    """The peer's process: seconds for each list of texts that comes, until None does."""
+    """The peer's process: seconds, by the clock and of the processor, for each list of texts, until None comes."""
     from sentence_transformers import SentenceTransformer
 
     encoder = SentenceTransformer(model, device="cpu")
-    line.send(0.0)
+    line.send((0.0, 0.0))
     while (asked := line.recv()) is not None:
         texts, batch = asked
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         encoder.encode(texts, batch_size=batch, show_progress_bar=False)
-        line.send(time.perf_counter() - began)
+        line.send((time.perf_counter() - began, time.process_time() - used))
 
 
 @contextlib.contextmanager
@@ -121,6 +130,7 @@ def throughput(target: Target, args: argparse.Namespace, other: multiprocessing.
     for batch in map(int, args.batch.split(",")):
         drive(target.port, batches(4 * batch, batch, args.words, 1), args.clients)
         seconds: dict[str, list[float]] = {"vserve": []}
+        used: dict[str, float] = {"vserve": 0.0, "sentence-transformers": 0.0}
         requests: list[float] = []
         order = ["vserve"]
         if other is not None:
@@ -132,17 +142,22 @@ def throughput(target: Target, args: argparse.Namespace, other: multiprocessing.
             for name in order if turn % 2 == 0 else reversed(order):
                 work = batches(args.texts, batch, args.words, 100 + turn)
                 if name == "vserve":
+                    before = cpu_s(target.pid)
                     wall, took = drive(target.port, work, args.clients)
+                    used[name] += cpu_s(target.pid) - before
                     requests += took
                 else:
                     assert other is not None
                     other.send(([text for part in work for text in part], batch))
-                    wall = other.recv()
+                    wall, processor = other.recv()
+                    used[name] += processor
                 seconds[name].append(wall)
         for name, walls in seconds.items():
             numbers: dict[str, object] = {"server": name, "batch": batch, "words": args.words}
             numbers["texts_s"] = round(args.texts * len(walls) / sum(walls))
             numbers["texts_s_best"] = round(args.texts / min(walls))
+            if used[name]:
+                numbers["cpu_ms_a_text"] = round(used[name] * 1e3 / (args.texts * len(walls)), 3)
             if name == "vserve":
                 numbers["clients"] = args.clients
                 numbers["request_ms_p50"] = round(statistics.median(requests) * 1e3, 1)
