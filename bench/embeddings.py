@@ -166,7 +166,10 @@ def throughput(target: Target, args: argparse.Namespace, other: multiprocessing.
 
 
 def beside(target: Target, args: argparse.Namespace) -> None:
-    """TTFT and the gaps between tokens of one stream at a time: alone, under embeddings, alone, under embeddings."""
+    """TTFT and the gaps between tokens of one stream at a time, alone and under embeddings in turn.
+
+    Every turn has prompts of its own: those of another would be in the prefix cache.
+    """
     load = Load(1, args.streams, 100, 32)
     measure(target, Load(1, 2, 100, 8), seed=1)
     rounds: dict[str, list[Round]] = {"alone": [], "under embeddings": []}
@@ -179,7 +182,7 @@ def beside(target: Target, args: argparse.Namespace) -> None:
         if turn % 2:
             thread.start()
         began = time.perf_counter()
-        rounds[name].append(measure(target, load, seed=100 + turn // 2))
+        rounds[name].append(measure(target, load, seed=100 + turn))
         stop.set()
         if turn % 2:
             thread.join()
