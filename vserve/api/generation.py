@@ -106,6 +106,10 @@ def reply_head(served: Served, exchange: Exchange, wanted: Wanted, prefix: str) 
 async def generate(app: App, served: Served, exchange: Exchange, order: Order, dialect: Dialect) -> Response | None:
     """Generate all choices and answer the exchange.  Raises ApiError while nothing has been sent."""
     wanted = order.wanted
+    if wanted.grammar is not None:
+        raise BadRequest(
+            f"`{wanted.grammar_field}` is not supported by this version of the server.", param=wanted.grammar_field
+        )
     choices = _choices(app, served, exchange, order)
     if exchange.gone:
         return None

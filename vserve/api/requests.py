@@ -12,7 +12,9 @@ from vserve.api import schema as row
 from vserve.api.fields import Field, Table, Values, read, without_effect
 from vserve.api.prompts import Message, Prompt
 from vserve.api.schema import StreamOptions
+from vserve.api.structured import Constraint, only, spaced
 from vserve.errors import BadRequest
+from vserve.text.grammar_spec import GrammarSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class Wanted:
 
     max_tokens None: the endpoint's default; max_tokens_field: the name it came under.  logprobs: None is off, k >= 0
     adds the k most likely tokens.
+    grammar: what the answer must follow, None for anything; grammar_field: where it came from, for messages.
     ignored: field names without effect, for x-ignored-params.
     """
 
@@ -60,6 +63,8 @@ class Wanted:
     request_id: str | None
     return_token_ids: bool
     tokens_as_ids: bool
+    grammar: GrammarSpec | None
+    grammar_field: str
     ignored: tuple[str, ...]
 
 
@@ -190,6 +195,7 @@ def _wanted(values: Values, unknown: tuple[str, ...], limit: Field[int | None], 
         raise BadRequest("`stream_options` is allowed only when `stream` is true.", param="stream_options")
     if values[row.TRUNCATE] == 0:
         raise BadRequest("`truncate_prompt_tokens` must be -1 or at least 1, got 0.", param="truncate_prompt_tokens")
+    constraint = _constraint(values)
     drawing = Drawing(
         temperature=values[row.TEMPERATURE],
         top_p=values[row.TOP_P],
@@ -223,8 +229,28 @@ def _wanted(values: Values, unknown: tuple[str, ...], limit: Field[int | None], 
         request_id=values[row.REQUEST_ID],
         return_token_ids=values[row.RETURN_TOKEN_IDS],
         tokens_as_ids=values[row.TOKENS_AS_IDS],
+        grammar=None if constraint is None else constraint.spec,
+        grammar_field="response_format" if constraint is None else constraint.path,
         ignored=unknown,
     )
+
+
+def _constraint(values: Values) -> Constraint | None:
+    """The one constraint on the answer's text, whichever of the fields it came in."""
+    rows = (
+        row.RESPONSE_FORMAT, row.STRUCTURED_OUTPUTS, row.GUIDED_JSON, row.GUIDED_REGEX, row.GUIDED_CHOICE,
+        row.GUIDED_GRAMMAR,
+    )  # fmt: skip
+    made = only([values[one] for one in rows])
+    pattern = values[row.GUIDED_WHITESPACE]
+    if pattern is not None:
+        made = spaced(made, pattern, row.GUIDED_WHITESPACE.name)
+    if made is not None and values[row.IGNORE_EOS]:
+        raise BadRequest(
+            f"`ignore_eos` cannot be combined with `{made.path}`: a complete answer has nothing to go on with.",
+            param="ignore_eos",
+        )
+    return made
 
 
 def _conversation(

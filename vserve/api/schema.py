@@ -26,7 +26,9 @@ from vserve.api.fields import (
     table,
 )
 from vserve.api.prompts import PROMPT_TOKEN_LIMIT, Message, Messages, Prompt, Prompts, Texts
+from vserve.api.structured import WHITESPACE, Choices, Constraint, ResponseFormat, Schema, Source, StructuredOutputs
 from vserve.errors import BadRequest
+from vserve.text.grammar_spec import GrammarKind
 
 MAX_LOGPROBS = 20
 _INT32 = 2**31 - 1
@@ -113,18 +115,32 @@ TOKENS_AS_IDS: Field[bool] = Field(
     "return_tokens_as_token_ids", Bool(), False, 'tokens of logprobs as "token_id:N" instead of text'
 )
 
+RESPONSE_FORMAT: Field[Constraint | None] = Field(
+    "response_format", ResponseFormat(), None, "the answer is text, a JSON object, or JSON that follows a schema"
+)
+STRUCTURED_OUTPUTS: Field[Constraint | None] = Field(
+    "structured_outputs", StructuredOutputs(), None, "the answer follows a schema, a pattern, a choice or a grammar"
+)
+GUIDED_JSON: Field[Constraint | None] = Field("guided_json", Schema(), None, "older name of structured_outputs.json")
+GUIDED_REGEX: Field[Constraint | None] = Field(
+    "guided_regex", Source(GrammarKind.REGEX), None, "older name of structured_outputs.regex"
+)
+GUIDED_CHOICE: Field[Constraint | None] = Field(
+    "guided_choice", Choices(), None, "older name of structured_outputs.choice"
+)
+GUIDED_GRAMMAR: Field[Constraint | None] = Field(
+    "guided_grammar", Source(GrammarKind.LARK), None, "older name of structured_outputs.grammar"
+)
+GUIDED_WHITESPACE: Field[str | None] = Field(
+    "guided_whitespace_pattern", WHITESPACE, None, "older name of structured_outputs.whitespace_pattern"
+)
+
 _SHARED: tuple[object, ...] = (
     MODEL, N, STREAM, STREAM_OPTIONS, MAX_TOKENS, MIN_TOKENS, TEMPERATURE, TOP_P, TOP_K, MIN_P, REPETITION, PRESENCE,
     FREQUENCY, LOGIT_BIAS, SEED, STOP, STOP_TOKEN_IDS, INCLUDE_STOP, IGNORE_EOS, SKIP_SPECIAL, TRUNCATE, PRIORITY,
     CACHE_SALT, TIMEOUT_MS, REQUEST_ID, USER, RETURN_TOKEN_IDS, TOKENS_AS_IDS,
-    refused("response_format", "structured output", ({"type": "text"},)),
-    refused("structured_outputs", "structured output"),
-    refused("guided_json", "structured output, older name"),
-    refused("guided_regex", "structured output, older name"),
-    refused("guided_choice", "structured output, older name"),
-    refused("guided_grammar", "structured output, older name"),
-    refused("guided_decoding_backend", "structured output, older name"),
-    refused("guided_whitespace_pattern", "structured output, older name"),
+    RESPONSE_FORMAT, STRUCTURED_OUTPUTS, GUIDED_JSON, GUIDED_REGEX, GUIDED_CHOICE, GUIDED_GRAMMAR, GUIDED_WHITESPACE,
+    refused("guided_decoding_backend", "there is one back end", ("auto", "guidance", "llguidance")),
     refused("prompt_logprobs", "log-probabilities of the prompt"),
     refused("bad_words", "strings that must not appear", ([],)),
     refused("allowed_token_ids", "the only tokens that may be drawn"),
