@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vserve.api.app import App, Served
-from vserve.api.choice import Choice, Reading
+from vserve.api.choice import Choice, Reading, Splitting
 from vserve.api.reply import Dialect, Headers, Reply, WholeReply
 from vserve.api.requests import Wanted
 from vserve.api.shapes import Head
@@ -44,13 +44,14 @@ class Order:
     """All that decides how prompts are generated from.
 
     default_max_tokens: where the request does not say; None is what is left of the context.
-    continuation: the answer goes on with the prompt's own text.
+    continuation: the answer goes on with the prompt's own text.  splitting: None where all text is content.
     """
 
     wanted: Wanted
     prompts: Sequence[Prompt]
     default_max_tokens: int | None
     continuation: bool
+    splitting: Splitting | None = None
 
 
 def deadline(app: App, exchange: Exchange, timeout_ms: int | None) -> float | None:
@@ -177,6 +178,7 @@ def _reading(served: Served, order: Order, eos_ids: frozenset[int]) -> Reading:
         keep_ids=wanted.return_token_ids,
         keep_logprobs=wanted.logprobs is not None,
         count_chunks=wanted.stream_options.continuous_usage_stats,
+        splitting=order.splitting,
     )
 
 

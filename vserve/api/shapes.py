@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import orjson
 
 from vserve.engine.request import FinishReason, Timing, TokenLogprobs
+from vserve.text.parts import Part
 from vserve.text.tokenizer import Tokenizer
 
 LEAST_LOGPROB = -9999.0
@@ -43,27 +44,35 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Tokens of a reply so far: over all prompts (each once) and all choices."""
+    """Tokens of a reply so far: over all prompts (each once) and all choices.
+
+    reasoning: those of completion that were reasoning; None where none is told apart.
+    """
 
     prompt: int
     completion: int
     cached: int
+    reasoning: int | None = None
 
     def usage(self) -> dict[str, object]:
         """The ``usage`` object."""
-        return {
+        usage: dict[str, object] = {
             "prompt_tokens": self.prompt,
             "total_tokens": self.prompt + self.completion,
             "completion_tokens": self.completion,
             "prompt_tokens_details": {"cached_tokens": self.cached},
         }
+        if self.reasoning is not None:
+            usage["completion_tokens_details"] = {"reasoning_tokens": self.reasoning}
+        return usage
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
     """What one choice has to say in one chunk, or in all when the reply is whole.
 
-    offset: characters of the choice's text before this piece.  finish: set on the last piece.
+    text: the content only.  offset: characters of the choice's text before this piece.  finish: set on the last piece.
+    parts: all of it in order, the content too; None where the text is not split, so that all of it is content.
     """
 
     text: str
@@ -72,6 +81,7 @@ class Piece:
     drawn: Sequence[Drawn] = ()
     finish: FinishReason | None = None
     stop_reason: str | int | None = None
+    parts: tuple[Part, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,7 @@ class Tokenizer:
         self._visible_bytes = list(self._bytes)
         for id in self.special_ids:
             self._visible_bytes[id] = b""
+        self._partly_visible: dict[frozenset[int], list[bytes]] = {}
 
     @classmethod
     def from_folder(cls, folder: Path, *, generation_config: Mapping[str, object] | None = None) -> Tokenizer:
@@ -165,9 +166,23 @@ class Tokenizer:
         known = [id for id in ids if 0 <= id < self.vocab_size]
         return str(self._core.decode(known, skip_special_tokens=skip_special))
 
-    def byte_table(self, *, skip_special: bool) -> Sequence[bytes]:
-        """The bytes of every id, [vocab_size]; empty for special ids with skip_special.  Shared: read only."""
-        return self._visible_bytes if skip_special else self._bytes
+    def byte_table(self, *, skip_special: bool, shown: frozenset[int] = frozenset()) -> Sequence[bytes]:
+        """The bytes of every id, [vocab_size]; empty for special ids with skip_special.  Shared: read only.
+
+        shown are special ids that keep their bytes all the same.  A table is kept for each set: the server's own few,
+        never a client's choice.
+        """
+        if not skip_special:
+            return self._bytes
+        if not shown:
+            return self._visible_bytes
+        table = self._partly_visible.get(shown)
+        if table is None:
+            table = list(self._visible_bytes)
+            for id in shown:
+                table[id] = self._bytes[id]
+            self._partly_visible[shown] = table
+        return table
 
     def join_bytes(self, ids: Iterable[int], *, skip_special: bool) -> bytes:
         """The bytes of ids, joined; an id outside the vocabulary has none."""
