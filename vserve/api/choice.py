@@ -1,6 +1,7 @@
 """One choice of a reply: tokens in from the bridge, text out to the reply it belongs to.
 
-Owns decoding, stop strings, splitting into parts and counting of one sequence.  Knows nothing of JSON or sockets.  Event-loop thread only.
+Owns decoding, stop strings, splitting into parts and counting of one sequence.  Knows nothing of JSON or sockets.
+Event-loop thread only.
 """
 
 from __future__ import annotations
@@ -224,16 +225,14 @@ class Choice:
             self._say(self._detokenizer.push(ids))
             return len(ids), False, None
         for used, token in enumerate(ids, 1):  # one by one: usage counts tokens up to the end, and those of reasoning
-            if self.reasoning_tokens is not None and splitter is not None and splitter.reasoning:
-                self.reasoning_tokens += 1
-            text = self._detokenizer.push((token,))
-            if not text:
-                continue
-            hit = None
+            thought = splitter is not None and splitter.reasoning
+            text, hit = self._detokenizer.push((token,)), None
             early = self.num_tokens + used <= self._reading.min_tokens
-            if stops is not None and not early:
+            if text and stops is not None and not early:
                 text, hit = stops.push(text)
             self._say(text)
+            if thought and splitter is not None and splitter.reasoning and self.reasoning_tokens is not None:
+                self.reasoning_tokens += 1  # not the token that closes it
             if hit is not None:
                 return used, True, hit
             if not early and self._has_its_call():
