@@ -222,15 +222,18 @@ def _words(config: Config, source: ModelSource) -> tuple[Tokenizer, ChatTemplate
     if source.kind is SourceKind.GGUF:
         assert source.gguf_metadata is not None
         tokenizer = gguf_vocab.build(source.gguf_metadata)
-        text = source.chat_template
+        texts = {} if source.chat_template is None else {"default": source.chat_template}
     else:
         tokenizer = Tokenizer.from_folder(source.path, generation_config=source.generation_config)
-        text = find_templates(source.path).get("default")
-    if text is None:
-        return tokenizer, None
-    return tokenizer, ChatTemplate(
-        text,
-        bos_token=tokenizer.bos_token,
-        eos_token=tokenizer.eos_token,
-        special_tokens=tokenizer.special_tokens,
-    )
+        texts = find_templates(source.path)
+    made: ChatTemplate | None = None
+    for name in ("tool_use", "default"):  # the one for chats has the other beside it
+        if name in texts:
+            made = ChatTemplate(
+                texts[name],
+                bos_token=tokenizer.bos_token,
+                eos_token=tokenizer.eos_token,
+                special_tokens=tokenizer.special_tokens,
+                for_tools=made,
+            )
+    return tokenizer, made

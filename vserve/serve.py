@@ -106,6 +106,8 @@ class _Service:
                 stall_timeout_s=config.stall_timeout_s,
                 max_queue=config.max_queue,
                 max_queued_tokens=config.max_queued_tokens,
+                tool_call_parser=config.tool_call_parser,
+                reasoning_parser=config.reasoning_parser,
             )
         )
         edge = Edge(config, self._app.keys)

@@ -26,6 +26,7 @@ from vserve.http.exchange import Exchange
 from vserve.http.site import AccessEntry
 from vserve.observe.heartbeat import Heartbeat
 from vserve.observe.metrics import EngineSeries, Metrics
+from vserve.text.habits import Habits, habits_of
 from vserve.text.template import ChatTemplate
 from vserve.text.tokenizer import Tokenizer
 
@@ -42,6 +43,7 @@ class Options:
     """What the operator chose.  Times in seconds.
 
     long_text_chars: texts longer than this are rendered and tokenised off the loop.
+    tool_call_parser, reasoning_parser: the flags' values; "auto" is what the chat template shows.
     max_sequences: most choices of one request, over all its prompts.
     """
 
@@ -56,6 +58,8 @@ class Options:
     max_queued_tokens: int = 2**20
     max_sequences: int = 1024
     long_text_chars: int = 8192
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
 
 
 class Waiting(Protocol):
@@ -91,10 +95,14 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A Model with what follows from it, worked out once."""
+    """A Model with what follows from it, worked out once.
+
+    habits: how it writes calls of tools and reasoning.
+    """
 
     model: Model
     defaults: Defaults
+    habits: Habits
     eos_ids: frozenset[int]
     fingerprint: str
     created_s: int
@@ -140,6 +148,9 @@ class App:
         self._served = Served(
             model=model,
             defaults=Defaults.of(model.generation_config),
+            habits=habits_of(
+                model.template, model.tokenizer, self.options.tool_call_parser, self.options.reasoning_parser
+            ),
             eos_ids=model.tokenizer.eos_ids | _eos_ids(model.generation_config, model.vocab_size),
             fingerprint="fp_" + hashlib.sha256(f"{self.options.version}/{model.names}".encode()).hexdigest()[:10],
             created_s=int(time.time()),

@@ -13,6 +13,7 @@ from vserve.api.fields import Field, Table, Values, read, without_effect
 from vserve.api.prompts import Message, Prompt
 from vserve.api.schema import StreamOptions
 from vserve.api.structured import Constraint, only, spaced
+from vserve.api.tools import Mode, Tool, ToolUse, tool_use
 from vserve.errors import BadRequest
 from vserve.text.grammar_spec import GrammarSpec
 
@@ -82,12 +83,23 @@ class Conversation:
 
 
 @dataclass(frozen=True, slots=True)
+class Thinking:
+    """What is asked of a model's reasoning.  shown: it is part of the reply.  budget: its most tokens, None for any."""
+
+    shown: bool = True
+    effort: str | None = None
+    budget: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A checked body of /v1/chat/completions."""
+    """A checked body of /v1/chat/completions.  tools: None where none is to be called."""
 
     wanted: Wanted
     conversation: Conversation
     echo: bool
+    tools: ToolUse | None = None
+    thinking: Thinking = Thinking()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +141,41 @@ def parse_chat(body: dict[str, object], vocab_size: int, strict: bool = False) -
         raise BadRequest("`top_logprobs` needs `logprobs` to be true.", param="top_logprobs")
     limit = row.MAX_TOKENS if values[row.MAX_COMPLETION_TOKENS] is None else row.MAX_COMPLETION_TOKENS
     wanted = _wanted(values, unknown, limit, logprobs=values[row.TOP_LOGPROBS] if values[row.LOGPROBS] else None)
+    tools, mode = _tools(values)
+    if mode is Mode.REQUIRED and wanted.ignore_eos:
+        raise BadRequest("`ignore_eos` cannot be combined with calls that are required.", param="ignore_eos")
+    # With none asked for the model is not told of them either: that way it calls none.
+    definitions = () if tools is None else tuple(tool.definition for tool in _offered(values))
     return ChatRequest(
-        wanted, _conversation(values, values[row.MESSAGES], values[row.ADD_SPECIAL_CHAT], ()), values[row.ECHO]
+        wanted,
+        _conversation(values, values[row.MESSAGES], values[row.ADD_SPECIAL_CHAT], definitions),
+        values[row.ECHO],
+        tools,
+        Thinking(values[row.INCLUDE_REASONING], values[row.EFFORT], values[row.THINKING_BUDGET]),
     )
+
+
+def _offered(values: Values) -> tuple[Tool, ...]:
+    return values[row.TOOLS] or values[row.FUNCTIONS]
+
+
+def _tools(values: Values) -> tuple[ToolUse | None, Mode]:
+    """What is said of tools, under either name, and whether they are to be called."""
+    newer, older = values[row.TOOLS], values[row.FUNCTIONS]
+    choice, call = values[row.TOOL_CHOICE], values[row.FUNCTION_CALL]
+    if newer and older:
+        raise BadRequest("Give one of `tools` and `functions`, got both.", param="functions")
+    legacy = bool(older) or (call is not None and not newer)
+    if legacy and choice is not None and older:
+        raise BadRequest("`tool_choice` goes with `tools`; with `functions` give `function_call`.", param="tool_choice")
+    if newer and call is not None:
+        raise BadRequest(
+            "`function_call` goes with `functions`; with `tools` give `tool_choice`.", param="function_call"
+        )
+    use = tool_use(
+        newer or older, call if legacy and choice is None else choice, parallel=values[row.PARALLEL], legacy=legacy
+    )
+    return use, Mode.NONE if use is None else use.mode
 
 
 def parse_completion(body: dict[str, object], vocab_size: int, strict: bool = False) -> CompletionRequest:
@@ -161,7 +205,9 @@ def parse_tokenize(body: dict[str, object], vocab_size: int, strict: bool = Fals
     special = values[row.ADD_SPECIAL_ANY]
     conversation = None
     if messages is not None:
-        conversation = _conversation(values, messages, bool(special), values[row.TOOLS])
+        conversation = _conversation(
+            values, messages, bool(special), tuple(tool.definition for tool in values[row.TOOLS])
+        )
     texts = prompt if prompt is not None else text
     return TokenizeRequest(
         values[row.MODEL], texts, special is not False, conversation, values[row.TOKEN_STRS], unknown

@@ -17,6 +17,7 @@ from vserve.api.fields import (
     LogitBias,
     Object,
     Objects,
+    OneOf,
     Stops,
     Text,
     TokenIds,
@@ -27,6 +28,7 @@ from vserve.api.fields import (
 )
 from vserve.api.prompts import PROMPT_TOKEN_LIMIT, Message, Messages, Prompt, Prompts, Texts
 from vserve.api.structured import WHITESPACE, Choices, Constraint, ResponseFormat, Schema, Source, StructuredOutputs
+from vserve.api.tools import FunctionChoiceKind, Functions, Tool, ToolChoice, ToolChoiceKind, Tools
 from vserve.errors import BadRequest
 from vserve.text.grammar_spec import GrammarKind
 
@@ -189,25 +191,38 @@ TEMPLATE_KWARGS: Field[dict[str, object]] = Field(
     "further variables of the chat template",
 )  # fmt: skip
 
+TOOLS: Field[tuple[Tool, ...]] = Field("tools", Tools(), (), "functions that the model may call")
+TOOL_CHOICE: Field[ToolChoice | None] = Field(
+    "tool_choice", ToolChoiceKind(), None, "none, auto (the default), required, or the one function to call"
+)
+PARALLEL: Field[bool] = Field("parallel_tool_calls", Bool(), True, "more than one call in an answer")
+FUNCTIONS: Field[tuple[Tool, ...]] = Field("functions", Functions(), (), "older form of tools; one call an answer")
+FUNCTION_CALL: Field[ToolChoice | None] = Field(
+    "function_call", FunctionChoiceKind(), None, "older form of tool_choice"
+)
+INCLUDE_REASONING: Field[bool] = Field("include_reasoning", Bool(), True, "send the model's reasoning, too")
+EFFORT: Field[str | None] = Field(
+    "reasoning_effort",
+    OneOf(("none", "minimal", "low", "medium", "high", "xhigh", "max")),
+    None,
+    "for the chat template, where it has such a dial or a switch (none); otherwise reported as ignored",
+)
+THINKING_BUDGET: Field[int | None] = Field(
+    "thinking_token_budget", Int(0, _INT32), None, "most tokens of reasoning; then it is closed and the answer begins"
+)
+
 CHAT = table(
     *_SHARED, MESSAGES, MAX_COMPLETION_TOKENS, LOGPROBS, TOP_LOGPROBS, ECHO, ADD_GENERATION_PROMPT, CONTINUE_FINAL,
-    ADD_SPECIAL_CHAT, DOCUMENTS, TEMPLATE_KWARGS,
-    refused("tools", "tool calls", ([],)),
-    refused("tool_choice", "tool calls", ("none", "auto")),
-    refused("functions", "tool calls, older name", ([],)),
-    refused("function_call", "tool calls, older name", ("none", "auto")),
+    ADD_SPECIAL_CHAT, DOCUMENTS, TEMPLATE_KWARGS, TOOLS, TOOL_CHOICE, PARALLEL, FUNCTIONS, FUNCTION_CALL,
+    INCLUDE_REASONING, EFFORT, THINKING_BUDGET,
     refused("chat_template", "a template from the request"),
     refused("mm_processor_kwargs", "images and audio", ({},)),
     refused("modalities", "answers other than text", (["text"],)),
     refused("audio", "answers as audio"),
     refused("web_search_options", "web search"),
-    refused("thinking_token_budget", "a bound on reasoning"),
     refused("prompt", "a field of /v1/completions"),
-    Field("parallel_tool_calls", Bool(), True, "without tools there is no call to make, in parallel or not"),
-    ignored("reasoning_effort", "the model has no such dial", ("none",)),
     ignored("verbosity", "the model has no such dial", ("medium",)),
     ignored("prediction", "a hint for speed"),
-    ignored("include_reasoning", "the model's text is not split into reasoning and answer", (True,)),
     ignored("store", "answers of this endpoint are not stored", (False,)),
 )  # fmt: skip
 
@@ -236,7 +251,6 @@ TOKEN_STRS: Field[bool] = Field("return_token_strs", Bool(), False, "also each t
 ADD_SPECIAL_ANY: Field[bool | None] = Field(
     "add_special_tokens", Bool(), None, "add the tokenizer's own first token; true for texts, false for messages"
 )
-TOOLS: Field[tuple[dict[str, object], ...]] = Field("tools", Objects(128), (), "for the chat template")
 TOKENS: Field[list[int] | None] = Field("tokens", TokenIds(PROMPT_TOKEN_LIMIT), None, "token ids")
 TOKEN_IDS: Field[list[int] | None] = Field("token_ids", TokenIds(PROMPT_TOKEN_LIMIT), None, "other name of tokens")
 KEEP_SPECIAL: Field[bool] = Field("skip_special_tokens", Bool(), False, "leave special tokens out of the text")
