@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vserve.api.shapes import Drawn, Piece
-from vserve.engine.request import Emit, FinishReason, GenRequest, Timing
+from vserve.engine.request import Emit, FinishReason, GenRequest, Timing, TokenLogprobs
 from vserve.errors import ApiError, DeadlineExceeded, EngineDied, InternalError, Unavailable
 from vserve.text.detokenizer import Detokenizer
 from vserve.text.stops import StopMatcher
@@ -26,7 +26,8 @@ class Reading:
 
     continuation: the tokens go on with the prompt's text, so that a leading space is kept.
     min_tokens: a stop string cannot end a choice within its first so many tokens.  eos_ids: ids that end a sequence
-    without being anyone's stop_reason.  count_chunks: every chunk carries the usage so far.
+    without being anyone's stop_reason.  scored: the log-probabilities of the prompt are wanted.  count_chunks: every
+    chunk carries the usage so far.
     """
 
     tokenizer: Tokenizer
@@ -38,12 +39,13 @@ class Reading:
     eos_ids: frozenset[int]
     keep_ids: bool
     keep_logprobs: bool
+    scored: bool
     count_chunks: bool
 
     @property
     def plain(self) -> bool:
         """Whether nothing but its text is wanted of a token."""
-        return not (self.stops or self.keep_ids or self.keep_logprobs or self.count_chunks)
+        return not (self.stops or self.keep_ids or self.keep_logprobs or self.scored or self.count_chunks)
 
 
 class Listener(Protocol):
@@ -73,9 +75,9 @@ class Choice:
     """
 
     __slots__ = (
-        "_detokenizer", "_drawn", "_ids", "_listener", "_parts", "_plain", "_reading", "_stops", "cached_tokens",
-        "finish", "first", "index", "lead", "num_tokens", "offset", "prefix", "prompt", "request", "stop_reason",
-        "suffix", "timing",
+        "_detokenizer", "_drawn", "_ids", "_listener", "_parts", "_plain", "_reading", "_scores", "_stops",
+        "cached_tokens", "finish", "first", "index", "lead", "num_tokens", "offset", "prefix", "prompt", "request",
+        "stop_reason", "suffix", "timing",
     )  # fmt: skip
 
     def __init__(
@@ -103,6 +105,7 @@ class Choice:
         self._parts: list[str] = []
         self._ids: list[int] = []
         self._drawn: list[Drawn] = []
+        self._scores: Sequence[TokenLogprobs] | None = None
         self._listener: Listener | None = None
 
     def attach(self, listener: Listener) -> None:
@@ -115,7 +118,10 @@ class Choice:
 
     def take(self) -> Piece:
         """All that has gathered since the last take."""
-        piece = Piece("".join(self._parts), self.offset, self._ids, self._drawn, self.finish, self.stop_reason)
+        piece = Piece(
+            "".join(self._parts), self.offset, self._ids, self._drawn, self.finish, self.stop_reason, self._scores
+        )
+        self._scores = None
         self.offset += len(piece.text)
         self._parts, self._ids, self._drawn = [], [], []
         return piece
@@ -152,6 +158,8 @@ class Choice:
         if emit.cached_tokens:
             self.cached_tokens = emit.cached_tokens
         self.timing = emit.timing
+        if emit.prompt_logprobs is not None:
+            self._scores = emit.prompt_logprobs
         if emit.finish is FinishReason.TIMEOUT:
             listener.fail(DeadlineExceeded("The request's deadline passed before the answer was complete."))
             return
@@ -175,7 +183,7 @@ class Choice:
             self.stop_reason = emit.stop_id if emit.stop_id not in self._reading.eos_ids else None
         if self.finish is not None:
             listener.finished(self)
-        elif self._parts or self._ids or self._drawn:
+        elif self._parts or self._ids or self._drawn or self._scores is not None:
             listener.more(self)
 
     def _words(self, ids: Sequence[int]) -> tuple[int, str | None]:
