@@ -19,7 +19,7 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "errors": (frozenset(), frozenset()),
     "config": (frozenset({"errors"}), frozenset()),
     "http": (frozenset({"errors"}), frozenset()),
-    "text": (frozenset({"errors"}), frozenset({"tokenizers", "jinja2", "markupsafe"})),
+    "text": (frozenset({"errors"}), frozenset({"tokenizers", "jinja2", "markupsafe", "llguidance"})),
     "kernels": (frozenset(), frozenset({"torch", "triton"})),
     "model": (frozenset({"kernels", "errors"}), frozenset({"torch", "safetensors", "numpy", "huggingface_hub"})),
     "engine.policy": (frozenset({"errors"}), frozenset()),

@@ -186,6 +186,7 @@ class _Service:
                 max_model_len=engine.plan.max_model_len,
                 vocab_size=source.config.vocab_size,
                 generation_config=source.generation_config,
+                grammars=engine.grammars,
                 heartbeat=engine.heartbeat,
             )
         )

@@ -51,7 +51,7 @@ def reading(**changes: Any) -> Reading:
     base: dict[str, Any] = {
         "tokenizer": LETTERS, "skip_special": True, "continuation": True, "stops": (), "include_stop": False,
         "min_tokens": 0, "eos_ids": frozenset({EOS_ID}), "keep_ids": False, "keep_logprobs": False,
-        "count_chunks": False,
+        "scored": False, "count_chunks": False,
     }  # fmt: skip
     return Reading(**{**base, **changes})
 

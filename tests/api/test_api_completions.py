@@ -148,7 +148,6 @@ def test_token_ids_are_returned_per_choice(stand: Stand) -> None:
         ({"prompt": "x", "max_tokens": 512}, ["512", "511"]),
         ({"prompt": ["x"] * 1024, "n": 2}, ["1024 prompts", "n=2", "2048"]),
         ({"prompt": [259]}, ["258", "259"]),
-        ({"prompt": "x", "echo": True, "logprobs": 1}, ["echo", "logprobs"]),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_numbers(stand: Stand, fields: dict[str, Any], said: list[str]) -> None:

@@ -92,9 +92,6 @@ BAD_SHARED: list[tuple[str, Any, str]] = [
     ("request_id", "a" * 129, "129"),
     ("user", 5, "a string"),
     ("model", 5, "a string"),
-    ("prompt_logprobs", 0, "not supported"),
-    ("bad_words", ["a"], "not supported"),
-    ("allowed_token_ids", [1], "not supported"),
     ("use_beam_search", True, "not supported"),
     ("logits_processors", ["x"], "not supported"),
 ]

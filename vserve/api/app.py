@@ -7,6 +7,7 @@ Knows nothing of sockets or of how a model computes.  Event-loop thread only, bu
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Mapping
@@ -21,14 +22,16 @@ from vserve.api.load import Usage
 from vserve.api.meter import SeriesMeter, engine_now
 from vserve.api.status import Lifecycle, Status
 from vserve.bridge import Bridge
-from vserve.errors import ApiError, NotFound, RateLimited, Unavailable, shorten
+from vserve.errors import ApiError, BadRequest, NotFound, RateLimited, Unavailable, shorten
 from vserve.http.exchange import Exchange
 from vserve.http.site import AccessEntry
 from vserve.observe.heartbeat import Heartbeat
 from vserve.observe.metrics import EngineSeries, Metrics
+from vserve.text.grammar import HELPERS, Grammar, Grammars, why_none
+from vserve.text.grammar_spec import GrammarSpec
 from vserve.text.habits import Habits, habits_of
 from vserve.text.template import ChatTemplate
-from vserve.text.tokenizer import Tokenizer
+from vserve.text.tokenizer import Tokenizer, eos_ids_in
 
 T = TypeVar("T")
 
@@ -79,7 +82,7 @@ class Model:
     """What exists once the model is loaded.
 
     names: what clients call it, the default first.  vocab_size: the width of its logits.  max_model_len: tokens of
-    prompt plus answer.
+    prompt plus answer.  grammars: None where there can be no structured output.
     """
 
     names: tuple[str, ...]
@@ -91,6 +94,7 @@ class Model:
     max_model_len: int
     vocab_size: int
     generation_config: Mapping[str, object] = field(default_factory=dict)
+    grammars: Grammars | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +141,8 @@ class App:
         self.metrics = Metrics()
         self.replies: set[Ending] = set()
         self._pool = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
+        # Apart from the other: a grammar may take seconds, and most of them in a process of its own.
+        self._compilers = ThreadPoolExecutor(HELPERS, thread_name_prefix="grammar")
         self._served: Served | None = None
 
     def starting(self, phase: str, share: float | None = None) -> None:
@@ -151,7 +157,7 @@ class App:
             habits=habits_of(
                 model.template, model.tokenizer, self.options.tool_call_parser, self.options.reasoning_parser
             ),
-            eos_ids=model.tokenizer.eos_ids | _eos_ids(model.generation_config, model.vocab_size),
+            eos_ids=model.tokenizer.eos_ids | eos_ids_in(model.generation_config, model.vocab_size),
             fingerprint="fp_" + hashlib.sha256(f"{self.options.version}/{model.names}".encode()).hexdigest()[:10],
             created_s=int(time.time()),
         )
@@ -183,6 +189,9 @@ class App:
         self.keep_alive.close()
         self.metrics.timer.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._compilers.shutdown(wait=False, cancel_futures=True)
+        if self._served is not None and self._served.model.grammars is not None:
+            self._served.model.grammars.close()
 
     @property
     def status(self) -> Status:
@@ -258,13 +267,20 @@ class App:
         """Run work in the pool for long texts."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
+    async def compiled(self, spec: GrammarSpec, path: str) -> Grammar:
+        """The grammar of spec, which came in the field path.  Raises BadRequest with the reason why there is none."""
+        model = self.served.model
+        grammars = model.grammars
+        if grammars is None:
+            reason = why_none(model.tokenizer, self.served.eos_ids) or "this model's vocabulary cannot be used for it"
+            raise BadRequest(f"`{path}` needs structured output: {reason}.", param=path)
+        found = grammars.kept(spec)
+        if found is not None:
+            return found
+        work = functools.partial(grammars.compile, spec, path)
+        return await asyncio.get_running_loop().run_in_executor(self._compilers, work)
+
     def salt(self, exchange: Exchange, asked: str | None) -> bytes:
         """The prefix-cache salt of this request: the caller's own, then the one it asked for."""
         own = self.keys.salt(exchange.request.headers.get("authorization"))
         return own if asked is None else own + asked.encode("utf-8", "surrogatepass")
-
-
-def _eos_ids(config: Mapping[str, object], vocab_size: int) -> frozenset[int]:
-    value = config.get("eos_token_id")
-    values = value if isinstance(value, list) else [value]
-    return frozenset(item for item in values if type(item) is int and 0 <= item < vocab_size)

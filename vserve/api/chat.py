@@ -16,7 +16,7 @@ from vserve.api.generation import Order, Prompt, generate, reply_head
 from vserve.api.prompts import text_of
 from vserve.api.reply import CountsNow
 from vserve.api.requests import ChatRequest, Conversation, Wanted, parse_chat
-from vserve.api.shapes import Counts, Head, Piece, TokenText, chat_logprobs, frame
+from vserve.api.shapes import Counts, Head, Piece, TokenText, chat_logprobs, frame, prompt_logprobs
 from vserve.http.exchange import Exchange, Response
 from vserve.text.template import missing_template
 
@@ -51,6 +51,7 @@ async def prepare(app: App, served: Served, asked: ChatRequest) -> Order:
         prompts=(prompt,),
         default_max_tokens=served.defaults.max_tokens,
         continuation=asked.conversation.continue_final_message,
+        prompt_logprobs=asked.wanted.prompt_logprobs,
     )
 
 
@@ -130,7 +131,10 @@ class ChatDialect:
             entry["stop_reason"] = piece.stop_reason
         if self._wanted.return_token_ids:
             entry["token_ids"] = piece.ids
-        return frame(self._chunk_head, entry, counts().usage() if self._each_usage else None, self._extra)
+        head = self._chunk_head
+        if piece.scores is not None and choice.first:
+            head = head + b',"prompt_logprobs":' + orjson.dumps(self._scores(choice, piece))
+        return frame(head, entry, counts().usage() if self._each_usage else None, self._extra)
 
     def ending(self, counts: CountsNow) -> bytes:
         """See reply.Dialect."""
@@ -149,7 +153,12 @@ class ChatDialect:
         }
         if self._wanted.return_token_ids:
             reply["prompt_token_ids"] = list(pieces[0][0].prompt)
+        if self._wanted.prompt_logprobs is not None:
+            reply["prompt_logprobs"] = self._scores(*pieces[0])
         return orjson.dumps(reply)
+
+    def _scores(self, choice: Choice, piece: Piece) -> list[dict[str, object] | None]:
+        return prompt_logprobs(choice.prompt, piece.scores or (), self._wanted.prompt_logprobs or 0, self._text)
 
     def _entry(self, choice: Choice, piece: Piece) -> dict[str, object]:
         entry: dict[str, object] = {

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vserve.api.shapes import Drawn, Piece
-from vserve.engine.request import Emit, FinishReason, GenRequest, Timing
+from vserve.engine.request import Emit, FinishReason, GenRequest, Timing, TokenLogprobs
 from vserve.errors import ApiError, DeadlineExceeded, EngineDied, InternalError, Unavailable
 from vserve.text.detokenizer import Detokenizer
 from vserve.text.parts import Content, Part, Splitter, merged
@@ -42,8 +42,8 @@ class Reading:
 
     continuation: the tokens go on with the prompt's text, so that a leading space is kept.
     min_tokens: a stop string cannot end a choice within its first so many tokens.  eos_ids: ids that end a sequence
-    without being anyone's stop_reason.  count_chunks: every chunk carries the usage so far.  splitting: None where all
-    text is content.
+    without being anyone's stop_reason.  scored: the log-probabilities of the prompt are wanted.  count_chunks: every
+    chunk carries the usage so far.  splitting: None where all text is content.
     """
 
     tokenizer: Tokenizer
@@ -55,15 +55,15 @@ class Reading:
     eos_ids: frozenset[int]
     keep_ids: bool
     keep_logprobs: bool
+    scored: bool
     count_chunks: bool
     splitting: Splitting | None = None
 
     @property
     def plain(self) -> bool:
         """Whether nothing but its text is wanted of a token."""
-        return not (
-            self.stops or self.keep_ids or self.keep_logprobs or self.count_chunks or self.splitting is not None
-        )
+        extras = self.keep_ids or self.keep_logprobs or self.scored or self.count_chunks
+        return not (self.stops or extras or self.splitting is not None)
 
 
 class Listener(Protocol):
@@ -93,8 +93,8 @@ class Choice:
     """
 
     __slots__ = (
-        "_detokenizer", "_drawn", "_ids", "_listener", "_parts", "_plain", "_reading", "_splitter", "_stops", "_texts",
-        "cached_tokens", "finish", "first", "index", "lead", "num_tokens", "offset", "prefix", "prompt",
+        "_detokenizer", "_drawn", "_ids", "_listener", "_parts", "_plain", "_reading", "_scores", "_splitter", "_stops",
+        "_texts", "cached_tokens", "finish", "first", "index", "lead", "num_tokens", "offset", "prefix", "prompt",
         "reasoning_tokens", "request", "stop_reason", "suffix", "timing",
     )  # fmt: skip
 
@@ -133,6 +133,7 @@ class Choice:
         self._parts: list[Part] = []
         self._ids: list[int] = []
         self._drawn: list[Drawn] = []
+        self._scores: Sequence[TokenLogprobs] | None = None
         self._listener: Listener | None = None
 
     def attach(self, listener: Listener) -> None:
@@ -152,7 +153,10 @@ class Choice:
         """All that has gathered since the last take."""
         parts = None if self._splitter is None else merged(self._parts)
         text = "".join(self._texts)
-        piece = Piece(text, self.offset, self._ids, self._drawn, self.finish, self.stop_reason, parts)
+        piece = Piece(
+            text, self.offset, self._ids, self._drawn, self.finish, self.stop_reason, self._scores, parts=parts
+        )
+        self._scores = None
         self.offset += len(text)
         self._texts, self._parts, self._ids, self._drawn = [], [], [], []
         return piece
@@ -189,6 +193,8 @@ class Choice:
         if emit.cached_tokens:
             self.cached_tokens = emit.cached_tokens
         self.timing = emit.timing
+        if emit.prompt_logprobs is not None:
+            self._scores = emit.prompt_logprobs
         if emit.finish is FinishReason.TIMEOUT:
             listener.fail(DeadlineExceeded("The request's deadline passed before the answer was complete."))
             return
@@ -215,7 +221,7 @@ class Choice:
             if self._splitter is not None and not self._has_its_call():
                 self._split(self._splitter.flush())
             listener.finished(self)
-        elif self._texts or self._parts or self._ids or self._drawn:
+        elif self._texts or self._parts or self._ids or self._drawn or self._scores is not None:
             listener.more(self)
 
     def _words(self, ids: Sequence[int]) -> tuple[int, bool, str | None]:

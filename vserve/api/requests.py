@@ -31,6 +31,7 @@ class Drawing:
     frequency_penalty: float
     logit_bias: tuple[tuple[int, float], ...]
     seed: int | None
+    allowed_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Wanted:
     """What chat and completions have in common.
 
     max_tokens None: the endpoint's default; max_tokens_field: the name it came under.  logprobs: None is off, k >= 0
-    adds the k most likely tokens.
+    adds the k most likely tokens; prompt_logprobs: the same of the prompt's tokens.
     grammar: what the answer must follow, None for anything; grammar_field: where it came from, for messages.
     ignored: field names without effect, for x-ignored-params.
     """
@@ -57,6 +58,8 @@ class Wanted:
     ignore_eos: bool
     skip_special: bool
     logprobs: int | None
+    prompt_logprobs: int | None
+    bad_words: tuple[str, ...]
     truncate: int | None
     priority: int
     cache_salt: str | None
@@ -110,6 +113,14 @@ class CompletionRequest:
     prompts: tuple[Prompt, ...]
     echo: bool
     add_special: bool
+
+    @property
+    def scored(self) -> int | None:
+        """As wanted.prompt_logprobs, for all that the reply says of the prompt: echo puts logprobs there too."""
+        wanted = self.wanted
+        if not self.echo or wanted.logprobs is None:
+            return wanted.prompt_logprobs
+        return max(wanted.logprobs, wanted.prompt_logprobs or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +197,6 @@ def parse_completion(body: dict[str, object], vocab_size: int, strict: bool = Fa
         raise BadRequest(f"`best_of` must equal `n` ({n}) or be left out, got {best_of}.", param="best_of")
     if values[row.MAX_TOKENS_OR_0] == 0 and not echo:
         raise BadRequest("`max_tokens` must be at least 1 unless `echo` is true, got 0.", param="max_tokens")
-    if echo and values[row.LOGPROBS_COUNT] is not None:
-        raise BadRequest("`echo` with `logprobs` is not supported by this version of the server.", param="logprobs")
     wanted = _wanted(values, unknown, row.MAX_TOKENS_OR_0, logprobs=values[row.LOGPROBS_COUNT])
     return CompletionRequest(wanted, values[row.PROMPT], echo, values[row.ADD_SPECIAL])
 
@@ -241,6 +250,9 @@ def _wanted(values: Values, unknown: tuple[str, ...], limit: Field[int | None], 
         raise BadRequest("`stream_options` is allowed only when `stream` is true.", param="stream_options")
     if values[row.TRUNCATE] == 0:
         raise BadRequest("`truncate_prompt_tokens` must be -1 or at least 1, got 0.", param="truncate_prompt_tokens")
+    allowed = values[row.ALLOWED_IDS]
+    if allowed is not None and not allowed:
+        raise BadRequest("`allowed_token_ids` is empty: no token could be drawn.", param="allowed_token_ids")
     constraint = _constraint(values)
     drawing = Drawing(
         temperature=values[row.TEMPERATURE],
@@ -252,6 +264,7 @@ def _wanted(values: Values, unknown: tuple[str, ...], limit: Field[int | None], 
         frequency_penalty=values[row.FREQUENCY],
         logit_bias=values[row.LOGIT_BIAS],
         seed=None if values[row.SEED] == -1 else values[row.SEED],
+        allowed_ids=None if allowed is None else tuple(sorted(set(allowed))),
     )
     return Wanted(
         model=values[row.MODEL],
@@ -268,6 +281,8 @@ def _wanted(values: Values, unknown: tuple[str, ...], limit: Field[int | None], 
         ignore_eos=values[row.IGNORE_EOS],
         skip_special=values[row.SKIP_SPECIAL],
         logprobs=logprobs,
+        prompt_logprobs=values[row.PROMPT_LOGPROBS],
+        bad_words=values[row.BAD_WORDS],
         truncate=values[row.TRUNCATE],
         priority=values[row.PRIORITY],
         cache_salt=values[row.CACHE_SALT],

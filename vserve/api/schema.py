@@ -117,6 +117,13 @@ TOKENS_AS_IDS: Field[bool] = Field(
     "return_tokens_as_token_ids", Bool(), False, 'tokens of logprobs as "token_id:N" instead of text'
 )
 
+PROMPT_LOGPROBS: Field[int | None] = Field(
+    "prompt_logprobs", Int(0, MAX_LOGPROBS), None, "log-probabilities of the prompt's tokens and so many likely others"
+)
+BAD_WORDS: Field[tuple[str, ...]] = Field("bad_words", Stops(128, 256), (), "words that must not appear in the answer")
+ALLOWED_IDS: Field[Sequence[int] | None] = Field(
+    "allowed_token_ids", TokenIds(2**18), None, "the only token ids that may be drawn"
+)
 RESPONSE_FORMAT: Field[Constraint | None] = Field(
     "response_format", ResponseFormat(), None, "the answer is text, a JSON object, or JSON that follows a schema"
 )
@@ -143,9 +150,7 @@ _SHARED: tuple[object, ...] = (
     CACHE_SALT, TIMEOUT_MS, REQUEST_ID, USER, RETURN_TOKEN_IDS, TOKENS_AS_IDS,
     RESPONSE_FORMAT, STRUCTURED_OUTPUTS, GUIDED_JSON, GUIDED_REGEX, GUIDED_CHOICE, GUIDED_GRAMMAR, GUIDED_WHITESPACE,
     refused("guided_decoding_backend", "there is one back end", ("auto", "guidance", "llguidance")),
-    refused("prompt_logprobs", "log-probabilities of the prompt"),
-    refused("bad_words", "strings that must not appear", ([],)),
-    refused("allowed_token_ids", "the only tokens that may be drawn"),
+    PROMPT_LOGPROBS, BAD_WORDS, ALLOWED_IDS,
     refused("use_beam_search", "beam search", (False,)),
     refused("length_penalty", "beam search", (1, 1.0)),
     refused("early_stopping", "beam search", (False,)),

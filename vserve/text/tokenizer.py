@@ -407,6 +407,11 @@ def _id_of(core: tokenizers.Tokenizer, token: str | None) -> int | None:
     return None if token is None else core.token_to_id(token)
 
 
+def eos_ids_in(generation_config: Mapping[str, object], vocab_size: int) -> frozenset[int]:
+    """The end-of-text ids that generation_config.json names, as far as the model has them."""
+    return frozenset(id for id in _eos_ids(generation_config) if id < vocab_size)
+
+
 def _eos_ids(generation_config: Mapping[str, object]) -> set[int]:
     value = generation_config.get("eos_token_id")
     values = value if isinstance(value, list) else [value]
