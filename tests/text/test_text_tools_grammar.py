@@ -144,7 +144,7 @@ def test_a_grammar_begins_behind_the_reasoning() -> None:
 
 @pytest.mark.parametrize("budget", [0, 1, 5, 5000])
 def test_a_budget_of_reasoning_ends_it_after_so_many_tokens(budget: int) -> None:
-    spec = grammar(free(thinking(budget)), "answer", thinking(budget), TOKENIZER)
+    spec = grammar(free(thinking(budget), TOKENIZER), "answer", thinking(budget), TOKENIZER)
     assert allows(spec, "x" * budget + "</think>\n\nany </think> text")
     assert not allows(spec, "x" * (budget + 1) + "</think>")
     assert allows(spec, "</think>")
@@ -154,7 +154,7 @@ def test_a_budget_of_reasoning_ends_it_after_so_many_tokens(budget: int) -> None
 def test_a_budget_needs_a_token_that_closes_the_reasoning() -> None:
     tokenizer, _ = letters(thinks=False)
     with pytest.raises(UnboundedError):
-        grammar(free(thinking(5)), "answer", thinking(5), tokenizer)
+        grammar(free(thinking(5), tokenizer), "answer", thinking(5), tokenizer)
 
 
 @pytest.mark.parametrize(

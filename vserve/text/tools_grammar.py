@@ -130,7 +130,9 @@ def grammar(rules: Sequence[str], start: str, thought: Thought | None, ids: Ids)
 
     Raises UnboundedError for a budget where no single token closes the reasoning.
     """
-    lead = "" if thought is None else ("thought GAP? " if thought.start is Start.INSIDE else "(opened thought GAP?)? ")
+    lead = ""
+    if thought is not None:
+        lead = "thought GAP? " if thought.start is Start.INSIDE else "GAP? (opened thought GAP?)? "
     lines = [f"start: {lead}{start}", *rules]
     if thought is not None:
         lines += [_thought(thought, ids), r"GAP: /[ \t\r\n]{1,8}/"]
@@ -139,9 +141,13 @@ def grammar(rules: Sequence[str], start: str, thought: Thought | None, ids: Ids)
     return GrammarSpec(GrammarKind.LARK, "\n".join(lines))
 
 
-def free(thought: Thought) -> list[str]:
-    """The rule ``answer`` for any text: whatever ends no answer."""
-    return [f"answer: <[^{_listed(thought.ends)}]>*"]
+def free(thought: Thought, ids: Ids) -> list[str]:
+    """The rule ``answer`` for any text that ends no answer, nor begins to reason once more.  Raises UnboundedError."""
+    opened = ids.token_id(OPEN)
+    if opened is None and thought.start is Start.OPEN:
+        raise UnboundedError
+    out = {*thought.ends} if opened is None else {opened, *thought.ends}
+    return [f"answer: <[^{_listed(out)}]>*"]
 
 
 def _thought(thought: Thought, ids: Ids) -> str:
