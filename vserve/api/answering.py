@@ -126,19 +126,19 @@ def _constrained(
     tokenizer = served.model.tokenizer
     ends = served.eos_ids.union(wanted.stop_token_ids)
     thought = None if start is None else Thought(start, budget, ends)
-    made, field = _answer(served, wanted, use, thought)
-    if made is None:
-        return wanted
-    if not ends or wanted.ignore_eos:
-        raise BadRequest(f"`{field}` needs tokens that end an answer; leave out `ignore_eos`.", param=field)
-    lines, first = made
     try:
-        return replace(wanted, grammar=rules.grammar(lines, first, thought, tokenizer), grammar_field=field)
+        made, field = _answer(served, wanted, use, thought)
+        if made is None:
+            return wanted
+        spec = rules.grammar(*made, thought, tokenizer)
     except UnboundedError:
         raise BadRequest(
             "`thinking_token_budget` needs a model with one token for </think>; this one spells it.",
             param="thinking_token_budget",
         ) from None
+    if not ends or wanted.ignore_eos:
+        raise BadRequest(f"`{field}` needs tokens that end an answer; leave out `ignore_eos`.", param=field)
+    return replace(wanted, grammar=spec, grammar_field=field)
 
 
 def _answer(

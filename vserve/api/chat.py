@@ -199,12 +199,12 @@ class ChatDialect:
     def _message(self, choice: Choice, piece: Piece) -> dict[str, object]:
         parts = piece.parts or ()
         reasoning = "".join(part.text for part in parts if isinstance(part, Reasoning)) or None
+        texts = {part.index: part.text for part in parts if isinstance(part, CallArguments)}  # merged: one a call
         calls: list[dict[str, object]] = []
-        for begin in parts:
-            if isinstance(begin, CallBegin):
-                texts = [part.text for part in parts if isinstance(part, CallArguments) and part.index == begin.index]
-                function = {"name": begin.name, "arguments": "".join(texts)}
-                calls.append({"id": begin.id, "type": "function", "function": function})
+        for part in parts:
+            if isinstance(part, CallBegin):
+                function = {"name": part.name, "arguments": texts.get(part.index, "")}
+                calls.append({"id": part.id, "type": "function", "function": function})
         message: dict[str, object] = {
             "role": "assistant",
             # An answer without a word is null only where there is something else in its place.
