@@ -25,7 +25,8 @@ CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Ö"}}\n</too
 NOW = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
 QWEN = """{%- if tools %}{{ '[tools ' + (tools | length) | string + ']' }}{% endif %}
 {%- for m in messages %}{{ '[' + m.role + ']' }}{{ m.content or '' }}
-{%- for c in m.tool_calls or [] %}{{ '<tool_call>' + c.function.name + ':' + c.function.arguments.city + '</tool_call>' }}
+{%- for c in m.tool_calls or [] %}{{ '<tool_call>' + c.function.name + ':' + c.function.arguments.city }}
+{{- '</tool_call>' }}
 {%- endfor %}{% endfor %}{%- if add_generation_prompt %}{{ '[assistant]' }}
 {%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"""
 
