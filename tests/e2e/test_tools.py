@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]
 import openai
 import pydantic
 import pytest
@@ -144,7 +144,7 @@ def test_functions_of_old_are_served(client: openai.OpenAI) -> None:
 
 
 def test_a_tool_whose_schema_cannot_be_kept_is_a_bad_request(server: Server) -> None:
-    tool = {"function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "nonsense"}}}}}
+    tool: Any = {"function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "nonsense"}}}}}
     reply = requests.post(
         f"{server.url}/v1/chat/completions",
         json={"messages": ASK, "tools": [tool], "tool_choice": "required"},
@@ -154,7 +154,7 @@ def test_a_tool_whose_schema_cannot_be_kept_is_a_bad_request(server: Server) -> 
 
 
 def test_either_a_call_or_the_answers_own_format_is_given(client: openai.OpenAI) -> None:
-    schema = {
+    schema: Any = {
         "type": "object",
         "properties": {"n": {"type": "integer"}},
         "required": ["n"],

@@ -6,6 +6,7 @@ Owns the wording of chat replies.  Event-loop thread; long conversations are ren
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import orjson
 
@@ -54,7 +55,10 @@ async def prepare(app: App, served: Served, asked: ChatRequest) -> Order:
     """What is to be generated for a conversation, whichever endpoint it came through.  Raises BadRequest."""
     asked = with_effort(served, asked)
     ids, end = await _rendered(app, served, asked.conversation)
-    answer = answering(served, asked, end)
+    if asked.tools is None:
+        answer = answering(served, asked, end)
+    else:  # the schemas of all tools become text there
+        answer = await app.off_loop(partial(answering, served, asked, end))
     if app.options.strict and answer.wanted.ignored:
         raise without_effect(answer.wanted.ignored[0])
     return Order(
@@ -76,19 +80,19 @@ async def _rendered(app: App, served: Served, conversation: Conversation) -> tup
     """The conversation as token ids, and the last PROMPT_END characters of its text."""
     if served.model.template is None:
         raise missing_template()
-    template, conversation = for_template(served.model.template, conversation)
-    tokenizer = served.model.tokenizer
+    whole, tokenizer = served.model.template, served.model.tokenizer
 
     def render() -> tuple[list[int], str]:
+        template, asked = for_template(whole, conversation)
         text = template.render(
-            conversation.messages,
-            tools=conversation.tools or None,
-            documents=conversation.documents or None,
-            add_generation_prompt=conversation.add_generation_prompt,
-            continue_final_message=conversation.continue_final_message,
-            extra=conversation.template_kwargs,
+            asked.messages,
+            tools=asked.tools or None,
+            documents=asked.documents or None,
+            add_generation_prompt=asked.add_generation_prompt,
+            continue_final_message=asked.continue_final_message,
+            extra=asked.template_kwargs,
         )
-        return tokenizer.encode(text, add_special=conversation.add_special), text[-PROMPT_END:]
+        return tokenizer.encode(text, add_special=asked.add_special), text[-PROMPT_END:]
 
     return render() if _is_short(conversation, app.options.long_text_chars) else await app.off_loop(render)
 

@@ -61,9 +61,9 @@ class Reading:
 
     @property
     def plain(self) -> bool:
-        """Whether nothing but its text is wanted of a token."""
+        """Whether nothing but its text is wanted of a token, split or not."""
         extras = self.keep_ids or self.keep_logprobs or self.scored or self.count_chunks
-        return not (self.stops or extras or self.splitting is not None)
+        return not (self.stops or extras or (self.splitting is not None and self.splitting.one_call))
 
 
 class Listener(Protocol):
@@ -148,6 +148,8 @@ class Choice:
     def keep(self, text: str) -> None:
         """Put text aside for the next ``take``."""
         self._texts.append(text)
+        if self._splitter is not None:
+            self._parts.append(Content(text))
 
     def take(self) -> Piece:
         """All that has gathered since the last take."""
@@ -171,6 +173,9 @@ class Choice:
                 self.num_tokens += len(emit.ids)
                 if emit.cached_tokens:
                     self.cached_tokens = emit.cached_tokens
+                if self._splitter is not None:
+                    self._pass_on(emit.ids, listener)
+                    return
                 text = self._detokenizer.push(emit.ids)
                 if text:
                     listener.text(self, text)
@@ -222,6 +227,17 @@ class Choice:
                 self._split(self._splitter.flush())
             listener.finished(self)
         elif self._texts or self._parts or self._ids or self._drawn or self._scores is not None:
+            listener.more(self)
+
+    def _pass_on(self, ids: Sequence[int], listener: Listener) -> None:
+        """Split ids' text.  One piece of content goes the quick way, which most tokens can take."""
+        self._words(ids)
+        parts = self._parts
+        if len(parts) == 1 and isinstance(parts[0], Content):
+            text = parts[0].text
+            self._texts, self._parts = [], []
+            listener.text(self, text)
+        elif parts:
             listener.more(self)
 
     def _words(self, ids: Sequence[int]) -> tuple[int, bool, str | None]:

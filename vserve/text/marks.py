@@ -30,15 +30,22 @@ class Found(NamedTuple):
 class MarkFinder:
     """Finds the first of some marks, none of which holds another.  One instance a stream, linear time."""
 
-    __slots__ = ("_held", "_marks", "_pattern")
+    __slots__ = ("_begins", "_held", "_marks", "_pattern")
 
     def __init__(self, marks: Sequence[str]) -> None:
         self._marks = tuple(marks)
+        self._begins = tuple({mark[0] for mark in self._marks})
         self._pattern = re.compile("|".join(map(re.escape, self._marks)))  # re keeps compiled patterns
         self._held = ""
 
     def push(self, text: str, at: int = 0) -> Found:
         """Take the text from at on, up to a mark.  To go on behind that, push the same text with ``end`` as at."""
+        if not (self._held or at) and text and text[-1] not in SPACE:
+            for begin in self._begins:
+                if begin in text:
+                    break
+            else:  # the common token of a plain answer
+                return Found(text, "", None, len(text))
         whole, start = text, at
         shift = len(self._held)  # what is held is the end of the text pushed before, so that this one starts at 0
         if shift:

@@ -5,7 +5,7 @@ Plain values between whoever splits the text and whoever words a reply, and the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,8 +65,10 @@ class Splitter(Protocol):
         """The rest, once the text has ended.  Nothing may be pushed afterwards."""
 
 
-def merged(parts: Iterable[Part]) -> tuple[Part, ...]:
+def merged(parts: Sequence[Part]) -> tuple[Part, ...]:
     """The same parts with neighbours of one kind (and one call) joined."""
+    if len(parts) < 2:
+        return tuple(parts)
     made: list[Part] = []
     texts: list[str] = []  # of the last part: joined once, so that many small parts cost no more than a few large ones
     last: Part | None = None
