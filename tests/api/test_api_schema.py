@@ -148,6 +148,7 @@ BAD_CHAT: list[tuple[str, Any, str]] = [
     ("messages", [{"role": "assistant", "tool_calls": [{"id": 5, "function": {"name": "f"}}]}], "tool_calls[0].id"),
     ("messages", [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}] * 129}], "at most 128"),
     ("messages", [{"role": "assistant", "function_call": {"arguments": "{}"}}], "function_call.name"),
+    ("messages", [{"role": "assistant", "tool_calls": [], "function_call": {"name": "f"}}], "both"),
     ("messages", [{"role": "tool", "content": "x", "tool_call_id": 5}], "tool_call_id"),
     ("messages", [{"role": "tool"}], "content"),
     ("messages", [{"role": "function", "content": "x"}], "messages[0].name"),

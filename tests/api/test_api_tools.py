@@ -282,3 +282,12 @@ def test_stop_strings_logprobs_and_ids_go_with_parts() -> None:
         events = stand.events(PATH, {"messages": HI, "logprobs": True, "return_token_ids": True})
         ids = [id for event in events[1:-1] for id in event["choices"][0].get("token_ids", [])]
         assert LETTERS.decode(ids) == THOUGHT + EOS
+
+
+def test_strict_that_cannot_be_kept_is_reported() -> None:
+    strict = [{"type": "function", "function": {**WEATHER, "strict": True}}]
+    with standing(says("Hello" + EOS)) as stand:  # no grammars: the fake engine draws under no mask
+        reply = stand.post(PATH, {"messages": HI, "tools": strict})
+        assert (reply.status_code, reply.headers["x-ignored-params"]) == (200, "tools[].strict")
+        reply = stand.post(PATH, {"messages": HI, "tools": strict, "tool_choice": "required"})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "tool_choice")

@@ -96,6 +96,25 @@ def test_required_calls_are_valid_behind_bounded_reasoning(client: openai.OpenAI
     assert not choice.message.content
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_what_begins_as_a_call_to_a_strict_function_ends_as_a_valid_one(client: openai.OpenAI, seed: int) -> None:
+    strict: Any = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}]
+    begins = 256 + SPECIAL.index("[TOOL_CALLS]")
+    reply = client.chat.completions.create(
+        model="",
+        messages=HI,
+        tools=strict,
+        parallel_tool_calls=False,
+        seed=seed,
+        max_tokens=1500,
+        logit_bias={str(begins): 100},
+        extra_body={"thinking_token_budget": 0},
+    )
+    (call,) = reply.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
+
+
 def test_a_format_of_the_answer_begins_behind_the_reasoning(client: openai.OpenAI) -> None:
     reply = client.chat.completions.create(
         model="",

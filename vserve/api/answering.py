@@ -126,6 +126,8 @@ def _constrained(
     tokenizer = served.model.tokenizer
     ends = served.eos_ids.union(wanted.stop_token_ids)
     thought = None if start is None else Thought(start, budget, ends)
+    if use is not None and _leaves_strict(served, wanted, use, thought):
+        wanted = _ignoring(wanted, f"{use.field}[].strict")
     try:
         made, field = _answer(served, wanted, use, thought)
         if made is None:
@@ -157,9 +159,7 @@ def _answer(
         if wanted.grammar is not None:
             calls = rules.calls(syntax, functions, tokenizer, many=not use.one)
             return ([*calls, *_given(wanted)], "(calls | answer)"), wanted.grammar_field
-        strict = any(function.strict for function in functions) and served.model.grammars is not None
-        # Text at will could begin with <think>, unbounded, where the model may or may not think.
-        if strict and not wanted.ignore_eos and not (bounded and thought is not None and thought.start is Start.OPEN):
+        if _binds_strict(served, wanted, use, thought):
             return (rules.calls_at_will(syntax, functions, tokenizer, many=not use.one), "answer"), use.field
     if thought is None:
         return None, wanted.grammar_field
@@ -168,6 +168,21 @@ def _answer(
     if bounded:
         return (rules.free(thought, tokenizer), "answer"), "thinking_token_budget"
     return None, wanted.grammar_field
+
+
+def _binds_strict(served: Served, wanted: Wanted, use: ToolUse, thought: Thought | None) -> bool:
+    """Whether calls at will can be kept to the schemas of strict functions, and there are any."""
+    if served.habits.syntax is None or served.model.grammars is None or wanted.ignore_eos:
+        return False
+    # Text at will could begin with <think>, unbounded, where the model may or may not think.
+    unbounded = thought is not None and thought.budget is not None and thought.start is Start.OPEN
+    return not unbounded and any(tool.strict for tool in use.tools)
+
+
+def _leaves_strict(served: Served, wanted: Wanted, use: ToolUse, thought: Thought | None) -> bool:
+    """Whether strict functions were asked for and nothing will bind their calls."""
+    bound = use.mode is Mode.REQUIRED or wanted.grammar is not None or _binds_strict(served, wanted, use, thought)
+    return not bound and any(tool.strict for tool in use.tools)
 
 
 def _given(wanted: Wanted) -> list[str]:

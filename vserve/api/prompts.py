@@ -112,6 +112,8 @@ def _message(item: object, path: str) -> Message:
     if calls is not None:
         _check_tool_calls(calls, f"{path}.tool_calls")
     if call is not None:
+        if calls is not None:
+            raise BadRequest(f"`{path}` has both tool_calls and function_call.", param=f"{path}.function_call")
         _check_function(call, f"{path}.function_call")
     for key in ("tool_call_id", "name"):
         if item.get(key) is None:
@@ -135,7 +137,7 @@ def _with_tool_calls(messages: list[Message]) -> list[Message]:
     last = ""
     for i, message in enumerate(messages):
         call = message.pop("function_call", None)
-        if isinstance(call, dict) and "tool_calls" not in message:
+        if isinstance(call, dict):
             last = f"fcall{i:04d}"  # nine letters and digits: some templates insist
             message["tool_calls"] = [{"id": last, "type": "function", "function": call}]
         if message["role"] == "function":
