@@ -68,7 +68,7 @@ class Matcher:
         """Which ids may follow these: bit i % 8 of byte i // 8 for id i.
 
         generated: every id of the answer; it goes on from what the last call saw.  Where the grammar is complete only
-        ids that end the answer are allowed.  Raises ValueError when the grammar has met one of its limits.
+        ids that end the answer are allowed.  Raises BadRequest when the grammar has met one of its limits.
         """
         if self._matcher is None:  # not before the first draw: a request that waits holds no state
             self._matcher = self._grammar.deep_copy()
@@ -78,7 +78,7 @@ class Matcher:
             self._num_seen = len(generated)
         mask = matcher.compute_bitmask()
         if matcher.is_error():
-            raise ValueError(f"the grammar failed: {matcher.get_error()[:200]}")
+            raise BadRequest(f"The grammar that the answer must follow failed: {matcher.get_error()[:200].strip()}")
         return mask
 
 
