@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import enum
 import json
+import os
 import re
+import select
+import signal
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -14,7 +18,7 @@ import pydantic
 import pytest
 import requests
 
-from tests.e2e.process import Server
+from tests.e2e.process import Server, serving
 
 USER = [{"role": "user", "content": "Describe a person who lives in Zürich, as JSON."}]
 
@@ -97,6 +101,9 @@ def test_an_answer_follows_its_schema(server: Server, name: str, temperature: fl
         seed=3,
         structured_outputs={"json": SCHEMAS[name], "disable_any_whitespace": True},
     )
+    if finish == "length" and name == "recursive":  # it may go on for ever: what there is begins an answer
+        assert re.fullmatch(r'(\{"v":[12],"next":)+\{?("v?)?"?(:[12]?,?)?("\w*"?:?)?', text), text
+        return
     assert finish == "stop", text
     jsonschema.validate(json.loads(text), SCHEMAS[name], format_checker=jsonschema.FormatChecker())
 
@@ -293,3 +300,24 @@ def test_hostile_sources_neither_end_nor_block_the_server(server: Server) -> Non
         assert {reply.status_code for reply in replies} <= {200, 400}
     assert said(server, guided_choice=["fine"]) == ("fine", "stop")
     assert requests.get(f"{server.url}/health", timeout=10).status_code == 200
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()] + [
+        int(child)
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        if task.name != str(pid)
+        for child in (task / "children").read_text().split()
+    ]
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_no_helper_outlives_the_server(end: signal.Signals) -> None:
+    with serving() as own:
+        assert said(own, guided_choice=["x"]) == ("x", "stop")
+        (child,) = children_of(own.process.pid)
+        watch = os.pidfd_open(child)
+        own.process.send_signal(end)
+        assert own.process.wait(60) == (0 if end is signal.SIGTERM else -signal.SIGKILL)
+        assert select.select([watch], [], [], 30)[0], "the helper still runs"
+        os.close(watch)

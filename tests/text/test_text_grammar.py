@@ -7,6 +7,7 @@ import os
 import random
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -177,6 +178,7 @@ def test_a_helper_that_takes_too_long_is_ended(grammars: Grammars, monkeypatch: 
     children = [helper._child.pid for helper in grammars._helpers if helper._child is not None]
     for pid in children:
         os.kill(pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
     monkeypatch.setattr(grammar, "COMPILE_S", 0.2)
     with pytest.raises(BadRequest, match=r"longer than 0\.2 s"):
         grammars.compile(GrammarSpec(GrammarKind.REGEX, "slow"), "field")
@@ -206,3 +208,13 @@ def test_no_helper_is_left_after_close(tokenizer: Tokenizer) -> None:
     (child,) = [helper._child for helper in made._helpers if helper._child is not None]
     made.close()
     assert child.returncode == -signal.SIGKILL
+
+
+def test_a_server_without_the_extra_or_with_a_model_it_cannot_use_says_so(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert grammar.why_none(tokenizer, tokenizer.eos_ids) is None
+    assert "ends an answer" in (grammar.why_none(tokenizer, frozenset()) or "")
+    monkeypatch.delitem(sys.modules, "llguidance")
+    monkeypatch.setattr(sys, "meta_path", [])
+    assert "vserve[structured]" in (grammar.why_none(tokenizer, tokenizer.eos_ids) or "")

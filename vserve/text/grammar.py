@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 COMPILE_S = 4.0
 """Longest trial of one source."""
+SLOWEST_MASK_S = 0.25
+"""Processor time of one mask from which on its request is ended: all others wait for it."""
 HELPERS = 2
 """Processes that try grammars, so that one slow grammar does not hold up all others."""
 MOST_WAITING = 32
@@ -76,9 +78,14 @@ class Matcher:
         if len(generated) > self._num_seen:
             matcher.consume_tokens(list(generated[self._num_seen :]))
             self._num_seen = len(generated)
+        began_s = time.thread_time()
         mask = matcher.compute_bitmask()
+        took_s = time.thread_time() - began_s
         if matcher.is_error():
-            raise BadRequest(f"The grammar that the answer must follow failed: {matcher.get_error()[:200].strip()}")
+            reason = matcher.get_error().replace("<non-verbose/>", "").strip()[:200]
+            raise BadRequest(f"The grammar that the answer must follow failed: {reason}.")
+        if took_s > SLOWEST_MASK_S:
+            raise BadRequest("The grammar that the answer must follow is too complex to be followed quickly.")
         return mask
 
 
