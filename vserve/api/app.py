@@ -267,12 +267,11 @@ class App:
         """Run work in the pool for long texts."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
-    async def compiled(self, spec: GrammarSpec, path: str) -> Grammar:
+    async def compiled(self, served: Served, spec: GrammarSpec, path: str) -> Grammar:
         """The grammar of spec, which came in the field path.  Raises BadRequest with the reason why there is none."""
-        model = self.served.model
-        grammars = model.grammars
+        grammars = served.model.grammars
         if grammars is None:
-            reason = why_none(model.tokenizer, self.served.eos_ids) or "this model's vocabulary cannot be used for it"
+            reason = why_none(served.model.tokenizer, served.eos_ids) or "this model's vocabulary cannot be used for it"
             raise BadRequest(f"`{path}` needs structured output: {reason}.", param=path)
         found = grammars.kept(spec)
         if found is not None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vserve.api.shapes import Drawn, Piece
-from vserve.engine.request import Emit, FinishReason, GenRequest, Timing, TokenLogprobs
-from vserve.errors import ApiError, DeadlineExceeded, EngineDied, InternalError, Unavailable
+from vserve.engine.request import Emit, FinishReason, GenRequest, RequestFault, Timing, TokenLogprobs
+from vserve.errors import ApiError, BadRequest, DeadlineExceeded, EngineDied, InternalError, Unavailable
 from vserve.text.detokenizer import Detokenizer
 from vserve.text.parts import Content, Part, Splitter, merged
 from vserve.text.stops import StopMatcher
@@ -202,6 +202,9 @@ class Choice:
             self._scores = emit.prompt_logprobs
         if emit.finish is FinishReason.TIMEOUT:
             listener.fail(DeadlineExceeded("The request's deadline passed before the answer was complete."))
+            return
+        if isinstance(emit.error, RequestFault):
+            listener.fail(BadRequest(emit.error))
             return
         if emit.finish is FinishReason.ERROR:
             log.error("the engine failed on a request: %s", emit.error)

@@ -113,7 +113,7 @@ def reply_head(served: Served, exchange: Exchange, wanted: Wanted, prefix: str) 
 async def generate(app: App, served: Served, exchange: Exchange, order: Order, dialect: Dialect) -> Response | None:
     """Generate all choices and answer the exchange.  Raises ApiError while nothing has been sent."""
     wanted = order.wanted
-    grammar = None if wanted.grammar is None else await app.compiled(wanted.grammar, wanted.grammar_field)
+    grammar = None if wanted.grammar is None else await app.compiled(served, wanted.grammar, wanted.grammar_field)
     bad_words = await _bad_words(app, served, wanted.bad_words)
     choices = _choices(app, served, exchange, order, Limited(grammar, bad_words))
     if exchange.gone:

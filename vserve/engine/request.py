@@ -31,8 +31,14 @@ class Constraint(Protocol):
         """Which ids may be drawn next: bit i % 8 of byte i // 8 for id i; ids beyond the mask may not.
 
         generated: all ids of the answer so far; a call sees those of the call before and what has come since.  Raises
-        where nothing can be said: that ends this one sequence with an error.
+        BadRequest where nothing can be said: that ends this one sequence.
         """
+
+
+class RequestFault(str):
+    """The text of an error that is the request's own fault, for its client to read."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +140,8 @@ class Emit(NamedTuple):
 
     ids: new token ids in order; empty only together with finish.  stop_id: set when finish is STOP and the last of
     ids is that stop id (it counts as a generated token; its text is not shown).  logprobs: one a token of ids, or
-    None.  cached_tokens: prompt tokens found in the prefix cache.  timing and error accompany finish.
+    None.  cached_tokens: prompt tokens found in the prefix cache.  timing and error accompany finish; an
+    error that is a RequestFault is the client's.
     prompt_logprobs: with the first ids (or the finish), where they were asked for: one a prompt token but the first.
     """
 

@@ -21,14 +21,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vserve.engine.constraint import DrawMask, is_masked, unpack
-from vserve.engine.request import SamplingParams, TokenLogprobs
+from vserve.engine.request import RequestFault, SamplingParams, TokenLogprobs
 from vserve.engine.sequence import Results, Sequence
+from vserve.errors import BadRequest
 
 log = logging.getLogger(__name__)
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
+NOTHING_LEFT = "What the request allows (grammar, token ids, words, bias) leaves no token to draw."
 GREEDY_BELOW = 1e-5
 """A temperature under this is 0: dividing by it would only overflow."""
 _REACHES = (4.0, 12.0)
@@ -140,7 +142,7 @@ class Draw(NamedTuple):
 
 
 class CannotDraw(Exception):
-    """This row has no distribution to draw from; the message is for the client."""
+    """This row has no distribution to draw from, through no fault of its request."""
 
 
 def sample(logits: Tensor, draws: list[Draw]) -> Results:
@@ -169,6 +171,8 @@ def sample(logits: Tensor, draws: list[Draw]) -> Results:
                 state.seen.add(ids[place])
             if state.params.logprobs is not None:
                 logprobs[place] = token_logprobs(row, ids[place], state.params.logprobs)
+        except BadRequest as error:
+            errors[place] = RequestFault(error.message)
         except CannotDraw as error:
             errors[place] = str(error)
         except Exception:
@@ -191,7 +195,7 @@ def draw(row: Floats, state: RowState, length: int) -> int:
         if state.seen is not None:
             state.seen.penalise(row, params)
         if not math.isfinite(row.max()):
-            raise CannotDraw("What was asked for leaves this request no token to draw.")
+            raise BadRequest(NOTHING_LEFT)
     if state.greedy:
         return int(row.argmax())
     scores = (row - row.max()) / np.float32(params.temperature)

@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from vserve.engine.constraint import DrawMask, is_masked
-from vserve.engine.request import TokenLogprobs
+from vserve.engine.request import RequestFault, TokenLogprobs
+from vserve.engine.sampler import NOTHING_LEFT
 from vserve.engine.sequence import Sequence
+from vserve.errors import BadRequest
 from vserve.kernels import sampling
 from vserve.kernels.rows import Inputs, Rows
 
 log = logging.getLogger(__name__)
 
-CANNOT_DRAW: Final = "What was asked for leaves this request no token to draw."
+CANNOT_DRAW: Final = RequestFault(NOTHING_LEFT)
 _FIRST_PLACES: Final = 8
 _FIRST_WIDTH: Final = 16
 
@@ -221,7 +223,9 @@ class SpecialDraws:
             if mask is not None:
                 try:
                     packed[place] = mask.bits(length)
-                except Exception:  # its own request's fault: with nothing to draw, that one ends
+                except BadRequest:  # with nothing to draw, the request ends
+                    packed[place] = 0
+                except Exception:
                     log.exception("a constraint failed for one request")
                     packed[place] = 0
         bits = torch.from_numpy(packed)

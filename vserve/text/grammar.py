@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 COMPILE_S = 4.0
 """Longest trial of one source."""
+SLOWEST_MASK_S = 0.25
+"""Processor time of one mask from which on its request is ended: all others wait for it."""
 HELPERS = 2
 """Processes that try grammars, so that one slow grammar does not hold up all others."""
 MOST_WAITING = 32
@@ -68,7 +70,7 @@ class Matcher:
         """Which ids may follow these: bit i % 8 of byte i // 8 for id i.
 
         generated: every id of the answer; it goes on from what the last call saw.  Where the grammar is complete only
-        ids that end the answer are allowed.  Raises ValueError when the grammar has met one of its limits.
+        ids that end the answer are allowed.  Raises BadRequest when the grammar has met one of its limits.
         """
         if self._matcher is None:  # not before the first draw: a request that waits holds no state
             self._matcher = self._grammar.deep_copy()
@@ -76,9 +78,14 @@ class Matcher:
         if len(generated) > self._num_seen:
             matcher.consume_tokens(list(generated[self._num_seen :]))
             self._num_seen = len(generated)
+        began_s = time.thread_time()
         mask = matcher.compute_bitmask()
+        took_s = time.thread_time() - began_s
         if matcher.is_error():
-            raise ValueError(f"the grammar failed: {matcher.get_error()[:200]}")
+            reason = matcher.get_error().replace("<non-verbose/>", "").strip()[:200]
+            raise BadRequest(f"The grammar that the answer must follow failed: {reason}.")
+        if took_s > SLOWEST_MASK_S:
+            raise BadRequest("The grammar that the answer must follow is too complex to be followed quickly.")
         return mask
 
 
