@@ -115,6 +115,8 @@ class _Service:
                 stall_timeout_s=config.stall_timeout_s,
                 max_queue=config.max_queue,
                 max_queued_tokens=config.max_queued_tokens,
+                tool_call_parser=config.tool_call_parser,
+                reasoning_parser=config.reasoning_parser,
             )
         )
         edge = Edge(config, self._app.keys)
@@ -220,6 +222,7 @@ class _Service:
             max_model_len=engine.plan.max_model_len,
             vocab_size=source.config.vocab_size,
             generation_config=source.generation_config,
+            grammars=engine.grammars,
             heartbeat=engine.heartbeat,
         )
 

@@ -6,7 +6,7 @@ from collections import deque
 
 import pytest
 import torch
-from fakes import FakeModel, solo
+from fakes import VOCAB, FakeModel, solo
 
 from vserve.engine.batch import BatchBuilder
 from vserve.engine.request import Emit, FinishReason, GenRequest, RequestId, SamplingParams
@@ -149,7 +149,7 @@ def test_a_chunk_that_does_not_end_its_prompt_asks_for_no_logits() -> None:
 
 def test_a_step_is_laid_out_as_the_contract_says() -> None:
     scheduler = Scheduler(Limits(16, 4, 4, 32, 64))
-    builder = BatchBuilder(max_num_seqs=4, max_blocks=16, block_size=4, device=torch.device("cpu"))
+    builder = BatchBuilder(max_num_seqs=4, max_blocks=16, block_size=4, vocab_size=VOCAB, device=torch.device("cpu"))
     scheduler.add(GenRequest(RequestId(1), [10, 11, 12, 13, 14], 3, GREEDY), 0.0)
     first = scheduler.plan(0.0)
     assert first is not None

@@ -77,6 +77,7 @@ class Tokenizer:
         self._visible_bytes = list(self._bytes)
         for id in self.special_ids:
             self._visible_bytes[id] = b""
+        self._partly_visible: dict[frozenset[int], list[bytes]] = {}
 
     @classmethod
     def from_folder(cls, folder: Path, *, generation_config: Mapping[str, object] | None = None) -> Self:
@@ -165,9 +166,23 @@ class Tokenizer:
         known = [id for id in ids if 0 <= id < self.vocab_size]
         return str(self._core.decode(known, skip_special_tokens=skip_special))
 
-    def byte_table(self, *, skip_special: bool) -> Sequence[bytes]:
-        """The bytes of every id, [vocab_size]; empty for special ids with skip_special.  Shared: read only."""
-        return self._visible_bytes if skip_special else self._bytes
+    def byte_table(self, *, skip_special: bool, shown: frozenset[int] = frozenset()) -> Sequence[bytes]:
+        """The bytes of every id, [vocab_size]; empty for special ids with skip_special.  Shared: read only.
+
+        shown are special ids that keep their bytes all the same.  A table is kept for each set: the server's own few,
+        never a client's choice.
+        """
+        if not skip_special:
+            return self._bytes
+        if not shown:
+            return self._visible_bytes
+        table = self._partly_visible.get(shown)
+        if table is None:
+            table = list(self._visible_bytes)
+            for id in shown:
+                table[id] = self._bytes[id]
+            self._partly_visible[shown] = table
+        return table
 
     def join_bytes(self, ids: Iterable[int], *, skip_special: bool) -> bytes:
         """The bytes of ids, joined; an id outside the vocabulary has none."""
@@ -390,6 +405,11 @@ def _named_tokens(config: Mapping[str, object]) -> dict[str, str]:
 
 def _id_of(core: tokenizers.Tokenizer, token: str | None) -> int | None:
     return None if token is None else core.token_to_id(token)
+
+
+def eos_ids_in(generation_config: Mapping[str, object], vocab_size: int) -> frozenset[int]:
+    """The end-of-text ids that generation_config.json names, as far as the model has them."""
+    return frozenset(id for id in _eos_ids(generation_config) if id < vocab_size)
 
 
 def _eos_ids(generation_config: Mapping[str, object]) -> set[int]:
