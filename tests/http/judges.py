@@ -17,7 +17,7 @@ Request = tuple[bytes, bytes, bytes]
 
 @dataclass
 class Verdict:
-    """Complete requests in order; refused: the judge then refused what came next; closed: it stopped reading by rule."""
+    """Complete requests in order.  refused: what came next is no request; closed: it stopped reading by a rule."""
 
     requests: list[Request] = field(default_factory=list)
     refused: bool = False
