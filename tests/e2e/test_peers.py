@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -145,14 +146,15 @@ def test_a_client_that_leaves_nginx_frees_its_pages_and_counts_as_abort(server: 
 def curl(*arguments: str, data: bytes | None = None) -> str:
     """What curl prints: -v goes to stdout as well."""
     command = ["curl", "--silent", "--show-error", "--max-time", "60", "--stderr", "-"]
-    command += ["-H", "Content-Type: application/json", *arguments]
+    command += [*JSON, *arguments]
     done = subprocess.run(command, capture_output=True, input=data, timeout=90)
     assert done.returncode == 0, (arguments, done.stdout)
     return done.stdout.decode()
 
 
+JSON = ["-H", "Content-Type: application/json"]
 BODY = json.dumps({"prompt": "The three primary colours are", "max_tokens": 8, "temperature": 0})
-STREAM = json.dumps({**json.loads(BODY), "stream": True})
+STREAM = json.dumps({**json.loads(BODY), "stream": True, "max_tokens": 60})
 
 
 def test_curl_reads_a_stream_over_1_0_up_to_the_end_of_the_connection(server: Server) -> None:
@@ -208,7 +210,16 @@ def test_curl_needs_its_certificate_on_a_unix_socket_and_no_rule_is_an_assert(tm
     with private(tmp_path) as (server, words):
         reply = json.loads(curl(*words, "https://localhost/v1/completions", "-d", BODY))
         assert reply["usage"]["completion_tokens"] == 8
-        assert curl(*words, "-N", "https://localhost/v1/completions", "-d", STREAM).endswith("data: [DONE]\n\n")
+        with subprocess.Popen(
+            ["curl", "-sN", "--max-time", "60", *words, "https://localhost/v1/completions", "-d", STREAM, *JSON],
+            stdout=subprocess.PIPE,
+        ) as stream:
+            assert stream.stdout is not None
+            assert stream.stdout.readline().startswith(b"data: ")
+            for _ in range(3):  # new certificates are read while a stream runs on the old ones
+                server.process.send_signal(signal.SIGHUP)
+                curl(*words, "https://localhost/ping")
+            assert stream.stdout.read().endswith(b"data: [DONE]\n\n")
         anonymous = subprocess.run(
             ["curl", "-s", "--max-time", "60", *words[:4], "https://localhost/ping"], capture_output=True, timeout=90
         )

@@ -1,4 +1,4 @@
-"""h11 and llhttp judge the parser: what both take is read alike, and where one is stricter the reason is written down."""
+"""h11 and llhttp judge the parser: what both take is read alike; where one is stricter, the reason is written down."""
 
 from __future__ import annotations
 
