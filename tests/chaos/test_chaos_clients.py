@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import random
+import resource
+import select
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -221,14 +223,86 @@ def test_half_open_connections_are_ended_by_their_timeouts_and_hold_nothing() ->
         stack.right()
 
 
-def test_500_idle_connections_leave_room_for_probes_and_work() -> None:
-    with running() as stack:
-        peers = [stack.connect() for _ in range(500)]
-        stack.until(lambda: stack.server.connections == 500)
-        stack.right()
+def test_2000_idle_connections_leave_room_for_probes_and_work() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # both ends are in this process
+    try:
+        with running() as stack:
+            peers = []
+            for count in range(1, 2001):
+                peers.append(stack.connect())
+                if count % 50 == 0:  # no more at once than the listen queue takes
+                    stack.until(lambda count=count: stack.server.connections == count)  # type: ignore[misc]
+            stack.right()
+            assert stack.get("/ping").status == 200
+            for peer in peers:
+                peer.close()
+            stack.settled()
+            stack.right()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_headers_that_drip_are_ended_with_408_although_bytes_keep_coming() -> None:
+    message = b"GET /ping HTTP/1.1\r\nHost: x\r\nX-Drip: " + b"a" * 60_000
+    with running(limits=replace(SMALL, header_s=0.5)) as stack:
+        peers = [stack.connect() for _ in range(20)]
+        ended: set[socket.socket] = set()
+        for place in range(len(message)):
+            for peer in peers:
+                if peer not in ended and select.select([peer], [], [], 0)[0]:
+                    ended.add(peer)
+                    assert peer.recv(12) == b"HTTP/1.1 408"
+                elif peer not in ended:
+                    peer.sendall(message[place : place + 1])
+            if len(ended) == len(peers):
+                break
+            if place % 50 == 0:
+                assert stack.get("/ping").status == 200  # nobody else waits for them
+        assert len(ended) == len(peers)
         for peer in peers:
             peer.close()
         stack.settled()
+        stack.right()
+
+
+def test_readers_of_one_byte_at_a_time_hold_up_nobody_and_get_every_byte() -> None:
+    limits = replace(SMALL, write_stall_s=60.0)
+    body = {**ENDLESS, "n": 4, "stream": True, "max_tokens": 60}
+    with running(limits=limits, send_buffer=4096, num_blocks=1024, rows=40) as stack:
+        slow = [stack.send(body, receive_buffer=4096) for _ in range(4)]
+        got = [b""] * len(slow)
+        for number in range(200):  # one byte of each between two answers to others
+            got = [data + peer.recv(1) for data, peer in zip(got, slow, strict=True)]
+            if number % 20 == 0:
+                assert stack.ask({**ENDLESS, "max_tokens": 10}).text == says([1, 2], 10)
+        stack.until(lambda: stack.bridge.live == 0)  # all is computed; nothing waits for the readers
+        for data, peer in zip(got, slow, strict=True):
+            reply = answer(peer, data)
+            said = [""] * 4
+            for event in reply.events:
+                said[event["choices"][0]["index"]] += event["choices"][0]["text"]
+            assert said == [says([1, 2], 60)] * 4
+            assert reply.done
+        stack.settled()
+        stack.right()
+
+
+@pytest.mark.parametrize("by", ["FIN", "RST"])
+def test_a_client_that_goes_between_two_chunks_frees_all_it_held(by: str) -> None:
+    with running(rows=4) as stack:
+        for chunks in range(1, 12):
+            peer = stack.send({**ENDLESS, "stream": True})
+            data = b""
+            while data.count(b"\n\n\r\n") < chunks:  # up to the end of a chunk and not a byte more
+                data += peer.recv(1)
+            if by == "RST":
+                reset(peer)
+            else:
+                peer.close()
+            stack.settled()
+        stack.until(lambda: stack.bridge.stats.aborted_total > 0)
+        stack.right()
 
 
 def test_beyond_the_limit_of_connections_probes_are_answered_and_others_are_told() -> None:

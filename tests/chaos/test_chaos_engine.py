@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import socket
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,6 +16,7 @@ from tests.chaos.stack import LETTERS, PATIENCE_S, PLACES, QUESTION, Hang, Stack
 from tests.fakes import FakeModel
 from vserve.errors import EngineStalled
 from vserve.observe.watchdog import Watchdog
+from vserve.text.tokenizer import Tokenizer
 
 ENDLESS: dict[str, Any] = {"prompt": [1, 2], "max_tokens": 200, "temperature": 0}
 
@@ -208,4 +211,56 @@ def test_concurrent_greedy_requests_equal_their_solo_runs_while_others_cancel(de
 
         list(pool.map(one, range(150)))
         stack.settled()
+        stack.right()
+
+
+def test_steps_a_hundred_times_as_long_keep_deadlines_and_raise_no_alarm(caplog: pytest.LogCaptureFixture) -> None:
+    pause = threading.Event()  # never set: waiting for it takes the whole time
+    with running(stall_timeout_s=5.0) as stack:
+        dog = Watchdog(stack.heartbeat, 5.0, sys.__stderr__ or sys.stderr)
+        stack.call(dog.start)
+        stack.faults.armed["launch"] = lambda: pause.wait(0.03) and None
+        peer = stack.send({**ENDLESS, "max_tokens": 20, "stream": True})
+        late = stack.ask({**ENDLESS, "timeout_ms": 200})
+        assert late.status == 504
+        assert stack.get("/health").status == 200
+        assert answer(peer).text == says([1, 2], 20)
+        stack.faults.armed.clear()
+        stack.call(dog.stop)
+        assert "hangs" not in caplog.text
+        stack.right()
+
+
+@pytest.mark.parametrize("jump_s", [-1e9, 1e9])
+def test_a_wall_clock_that_is_set_ends_and_delays_nothing(jump_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = time.time
+    hang = Hang()
+    with running(stall_timeout_s=60.0) as stack:
+        stack.faults.armed["launch"] = hang
+        peers = [stack.send({**ENDLESS, "stream": stream, "timeout_ms": 20_000}) for stream in (True, False)]
+        assert hang.entered.wait(PATIENCE_S)
+        monkeypatch.setattr(time, "time", lambda: real() + jump_s)
+        stack.faults.armed.clear()
+        hang.over.set()
+        assert [answer(peer).text for peer in peers] == [says([1, 2], 200)] * 2
+        assert stack.ask({**ENDLESS, "timeout_ms": 20_000, "max_tokens": 5}).text == says([1, 2], 5)
+        stack.right()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tokenizer_that_raises_fails_that_request_and_no_other(
+    stream: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL)
+    with running() as stack:
+        neighbour = stack.send({**ENDLESS, "stream": True})
+        assert neighbour.recv(1, socket.MSG_PEEK) == b"H"
+        with monkeypatch.context() as patch:
+            for name in ("encode", "encode_batch"):
+                patch.setattr(Tokenizer, name, lambda *words, **named: boom())
+            reply = stack.ask({"prompt": "abc", "max_tokens": 5, "stream": stream})
+        assert reply.status == 500
+        assert reply.error is not None
+        assert "injected" not in reply.error["message"]  # the id of the request is all that is told
+        assert answer(neighbour).text == says([1, 2], 200)
         stack.right()
