@@ -7,7 +7,7 @@ The server is a process of its own.  Clients stream, ask whole answers on connec
 drip, read a byte at a time, send what the wire table refuses, set deadlines, scrape and probe.  A status that does not
 fit the request, a stream without its end and a refused connection are faults.  Memory is RssAnon + VmSwap, sampled with
 descriptors, threads and asyncio tasks; its slope over requests is a least-squares fit of the samples after the warm-up
-(the first third), in MiB per 1,000 requests.  The KV cache is kept small so that all of it has been touched by then.
+(the first half), in MiB per 1,000 requests.  The KV cache is kept small so that all of it has been touched by then.
 One JSON line.
 """
 
@@ -363,7 +363,7 @@ def soak(minutes: float, seed: int) -> dict[str, object]:
         code = process.stop()
     finally:
         process.kill()
-    steady = [sample for sample in samples if sample.requests > tally.requests / 3]
+    steady = [sample for sample in samples if sample.requests > tally.requests / 2]
     return {
         "seconds": round(seconds),
         "requests": tally.requests,

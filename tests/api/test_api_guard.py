@@ -56,6 +56,7 @@ def test_the_open_routes_are_the_known_ones(stand: Stand) -> None:
     assert {entry.name for entry in entries(stand) if entry.auth == OPEN} == OPEN_ROUTES
 
 
+@pytest.mark.promise("R12", "input: side doors")
 def test_every_other_route_answers_401_without_its_key_and_403_without_its_scope(stand: Stand) -> None:
     walked = 0
     for entry in entries(stand):
@@ -83,6 +84,7 @@ def test_every_other_route_answers_401_without_its_key_and_403_without_its_scope
     ["/{}", "//{}", "/./{}", "/x/../{}", "/ping/../{}", "/%2e/{}", "/{}/", "/{}%00", "/{}?x=/ping", "/{};/ping",
      "http://localhost/{}", "http://ping/{}?/ping", "/%76%31/../{}", "/PING/../{}"],
 )  # fmt: skip
+@pytest.mark.promise("R12", "input: paths in Host")
 def test_no_spelling_of_a_path_goes_around_the_key(stand: Stand, path: str, change: str) -> None:
     target = change.format(path.removeprefix("/"))
     for method in ("GET", "POST", "HEAD", "PUT"):
@@ -97,6 +99,7 @@ def test_no_header_of_a_proxy_changes_who_the_caller_is(stand: Stand) -> None:
             assert ask(stand, "GET", "/v1/models", **{name: value})[0] == 401
 
 
+@pytest.mark.promise("R12")
 def test_no_key_and_no_prompt_is_in_a_log_an_error_or_a_metric(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     lines: list[str] = []

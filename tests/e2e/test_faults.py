@@ -21,6 +21,7 @@ TOKENS = 80
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.promise("R6", "fault: signals under load")
 def test_a_signal_under_load_lets_every_request_in_flight_end_whole_and_tells_newcomers(number: signal.Signals) -> None:
     with serving("--max-model-len", "256", "--drain-timeout", "120") as server:
         idle = [socket.create_connection(("127.0.0.1", server.port), timeout=60) for _ in range(50)]
@@ -62,6 +63,7 @@ def state(server: Server) -> str:
     return Path(f"/proc/{server.process.pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
 
 
+@pytest.mark.promise("R5", "fault: stopped process")
 def test_a_process_stopped_and_continued_loses_nothing_and_raises_no_alarm(server: Server) -> None:
     wait_until_idle(server)
     before = ask(server, "The three primary colours are", 16)
@@ -84,6 +86,7 @@ def test_a_process_stopped_and_continued_loses_nothing_and_raises_no_alarm(serve
     assert ask(server, "The three primary colours are", 16) == before
 
 
+@pytest.mark.promise("R13", "fault: hostile model files")
 def test_a_model_file_cut_while_it_is_served_does_no_harm_or_ends_the_process_aloud(tmp_path: Path) -> None:
     model = tmp_path / "model.gguf"
     shutil.copy(resolve(None, environ={}).path, model)

@@ -125,6 +125,7 @@ def test_a_large_upload_through_nginx_is_read_or_refused_with_its_status(server:
     wait_until_idle(server)
 
 
+@pytest.mark.promise("R2")
 def test_a_client_that_leaves_nginx_frees_its_pages_and_counts_as_abort(server: Server, nginx: str) -> None:
     before = aborts(server)
     for stream in (True, False):
@@ -206,6 +207,7 @@ def private(tmp_path: Path) -> Iterator[tuple[Server, list[str]]]:
         yield server, words
 
 
+@pytest.mark.promise("fault: signals under load")
 def test_curl_needs_its_certificate_on_a_unix_socket_and_no_rule_is_an_assert(tmp_path: Path) -> None:
     with private(tmp_path) as (server, words):
         reply = json.loads(curl(*words, "https://localhost/v1/completions", "-d", BODY))
@@ -246,6 +248,7 @@ def test_curl_needs_its_certificate_on_a_unix_socket_and_no_rule_is_an_assert(tm
 SMALL_ONLY = {"line too long", "fields too long", "too many fields", "length too large", "chunk line too long"}
 
 
+@pytest.mark.promise("R10")
 def test_the_real_server_refuses_the_wire_table_and_closes(server: Server) -> None:
     wanted = {name: case for name, case in INVALID.items() if case[1] in (400, 501, 505) and name not in SMALL_ONLY}
     wanted.pop("extensions too long")  # its bound is a small one too

@@ -152,6 +152,7 @@ def edited(data: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
 @pytest.mark.parametrize("judge", JUDGES)
 @settings(max_examples=1200, deadline=None)
 @given(stream=STREAM, edits=st.lists(EDIT, max_size=3))
+@pytest.mark.promise("R10")
 def test_what_we_and_a_judge_both_take_we_read_alike(
     judge: str, stream: bytes, edits: list[tuple[int, int, bytes]]
 ) -> None:

@@ -382,6 +382,7 @@ def test_a_valid_request_reads_the_same_with_another_behind_it(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", INVALID)
+@pytest.mark.promise("R10", "input: odd digits", "input: paths in Host")
 def test_what_is_invalid_is_refused_with_its_status(name: str) -> None:
     data, status = INVALID[name]
     outcome = parse(data)
@@ -501,6 +502,7 @@ PIECES = st.one_of(
 
 @settings(max_examples=1500, deadline=None)
 @given(pieces=st.lists(PIECES, max_size=14), cuts=st.lists(st.integers(0, 400), max_size=8))
+@pytest.mark.promise("R8", "R10")
 def test_any_bytes_parse_or_are_refused_the_same_however_they_are_cut(pieces: list[bytes], cuts: list[int]) -> None:
     data = b"".join(pieces)
     whole = parse(data)
