@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def marks(tree: ast.AST) -> Iterator[tuple[str, str]]:
                         yield node.name, str(name.value)
 
 
+@functools.cache
 def named() -> dict[str, list[str]]:
     """Which tests name a promise."""
     found: dict[str, list[str]] = {}
