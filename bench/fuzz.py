@@ -32,7 +32,8 @@ INSTRUMENTED: dict[str, tuple[str, ...]] = {
     "judges": _WIRE,
     "api": _API,
     "keys": ("vserve.api.key_file",),
-    "flags": ("vserve.config",),
+    "flags": ("vserve.config", "vserve.settings"),
+    "toml": ("vserve.config", "vserve.settings"),
     "canary": ("vserve.errors",),
 }
 """The modules whose branches guide the fuzzer, by target; here, for they must not be imported before it."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.http.judges import disagreement, h11_verdict, httptools_verdict
 from tests.http.test_http_parser import INVALID, VALID, parse
-from vserve import config
+from vserve import config, settings
 from vserve.api import body, requests, schema
 from vserve.api.key_file import read_keys
 from vserve.errors import ApiError, StartupError
@@ -92,14 +92,24 @@ def keys(data: bytes) -> None:
 
 
 def flags(data: bytes) -> None:
-    """Any words on the command line are a Config or one line."""
+    """Any words on the command line are a Config or one line.  No file is read: the words could name any."""
     words = [word.decode("utf-8", "surrogateescape") for word in data.split(b"\n")]
-    if {"-h", "--help"} & set(words):  # ends the process by design
+    if {"-h", "--help"} & set(words) or any(word.startswith("--config") for word in words):  # help ends the process
         return
     try:
-        config.parse(words, {})
+        settings.parse(words, {})
     except StartupError as error:
         _check_line(str(error).replace("\\n", ""))
+
+
+def toml(data: bytes) -> None:
+    """Any file of --config is a Config or one line."""
+    file = Path(_FOLDER.name, "config.toml")
+    file.write_bytes(data)
+    try:
+        settings.parse(["--config", str(file)], {})
+    except StartupError as error:
+        _check_line(str(error))
 
 
 def canary(data: bytes) -> None:
@@ -168,11 +178,21 @@ def _flag_seeds() -> list[bytes]:
     return [f"{name}\n{value}".encode() for name in names for value in values] + [b"--port=1", b"a\nb", b"--no-strict"]
 
 
+def _key(name: str) -> str:
+    return config.flag_name(name)[2:]
+
+
+def _toml_seeds() -> list[bytes]:
+    values = ("1", "-1", "1.5", "nan", "true", '"x"', '["a", "b"]', "[1]", "{}", "1979-05-27")
+    return [f"{_key(name)} = {value}\n".encode() for name in config.flags() for value in values]
+
+
 TARGETS: dict[str, Target] = {
     "parser": Target(parser, lambda: [b"\x40\x90" + data for data in _wire_seeds()], _WIRE_WORDS, 600),
     "judges": Target(judges, _wire_seeds, _WIRE_WORDS, 600),
     "api": Target(api, _api_seeds, tuple(f'"{name}":'.encode() for name in _field_names()), 2000),
     "keys": Target(keys, lambda: _KEY_SEEDS, (b"[keys.", b"sha256 = ", b"scopes = "), 400),
     "flags": Target(flags, _flag_seeds, tuple(config.flag_name(name).encode() for name in config.flags()), 200),
+    "toml": Target(toml, _toml_seeds, tuple(_key(name).encode() for name in config.flags()), 300),
     "canary": Target(canary, lambda: [b"?"], (b"??",), 8),
 }
