@@ -16,7 +16,7 @@ from tests.e2e.process import Server, serving
 from tests.e2e.test_life import ask, begin, load, wait_until_idle
 from vserve.model.source import resolve
 
-TOKENS = 80
+TOKENS = 120
 """Of each request in flight when a signal comes."""
 
 
@@ -25,17 +25,17 @@ TOKENS = 80
 def test_a_signal_under_load_lets_every_request_in_flight_end_whole_and_tells_newcomers(number: signal.Signals) -> None:
     with serving("--max-model-len", "256", "--drain-timeout", "120") as server:
         idle = [socket.create_connection(("127.0.0.1", server.port), timeout=60) for _ in range(50)]
-        streams = [begin(server, TOKENS) for _ in range(3)]
+        streams = [begin(server, TOKENS) for _ in range(2)]
         answers: list[requests.Response] = []
 
         def whole() -> None:
-            body = {"prompt": "Once upon a time", "max_tokens": TOKENS, "ignore_eos": True, "n": 2}
+            body = {"prompt": "Once upon a time", "max_tokens": TOKENS, "ignore_eos": True}
             answers.append(requests.post(f"{server.url}/v1/completions", json=body, timeout=120))
 
-        threads = [threading.Thread(target=whole) for _ in range(3)]
+        threads = [threading.Thread(target=whole) for _ in range(2)]
         for thread in threads:
             thread.start()
-        while load(server)["server_load"] < 6:
+        while load(server)["server_load"] < 4:
             pass
         server.process.send_signal(number)
         while requests.get(f"{server.url}/health", timeout=30).status_code == 200:
@@ -51,7 +51,7 @@ def test_a_signal_under_load_lets_every_request_in_flight_end_whole_and_tells_ne
             thread.join()
         for answer in answers:
             assert answer.status_code == 200
-            assert answer.json()["usage"]["completion_tokens"] == 2 * TOKENS
+            assert answer.json()["usage"]["completion_tokens"] == TOKENS
         for peer in idle:
             assert peer.recv(1) == b""
             peer.close()
