@@ -182,6 +182,14 @@ BAD_COMPLETION: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("field", "value", "said"), BAD_SHARED + BAD_CHAT)
+@pytest.mark.promise(
+    "input: huge counts",
+    "input: numbers of no range",
+    "input: huge lists",
+    "input: odd token ids",
+    "input: image URLs",
+    "input: template from the request",
+)
 def test_a_bad_chat_field_is_named_with_its_value_or_limit(field: str, value: Any, said: str) -> None:
     with pytest.raises(BadRequest) as caught:
         chat(**{field: value})
@@ -193,6 +201,7 @@ def test_a_bad_chat_field_is_named_with_its_value_or_limit(field: str, value: An
 
 
 @pytest.mark.parametrize(("field", "value", "said"), BAD_SHARED + BAD_COMPLETION)
+@pytest.mark.promise("input: huge counts", "input: odd token ids")
 def test_a_bad_completion_field_is_named_with_its_value_or_limit(field: str, value: Any, said: str) -> None:
     with pytest.raises(BadRequest) as caught:
         completion(**{field: value})

@@ -75,6 +75,7 @@ def requests(sampling: SamplingParams, count: int = 7, max_tokens: int = 12) -> 
     ],
     ids=["roomy", "one row", "small chunks", "few blocks", "few blocks and no prefix cache"],
 )
+@pytest.mark.promise("R7")
 def test_every_text_is_the_solo_text(depth: int, limits: dict[str, int]) -> None:
     wanted = requests(GREEDY)
     assert Engine(depth, **limits).run(wanted) == {request.id: solo(request) for request in wanted}
@@ -117,6 +118,7 @@ def test_min_tokens_and_stop_ids_hold() -> None:
     assert engine.emits[-1].stop_id == text[-1]
 
 
+@pytest.mark.promise("R7", "fault: invalid numbers")
 def test_a_row_of_nan_ends_its_request_and_no_other() -> None:
     engine = Engine(2, FakeModel(poison=47))
     others = requests(GREEDY, 4)

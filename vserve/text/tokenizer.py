@@ -141,6 +141,9 @@ class Tokenizer:
             return core.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
         except TypeError:
             raise BadRequest(f"text {shorten(text)} is not valid Unicode: it holds a lone surrogate") from None
+        except BaseException as error:
+            _check_panic(error)
+            raise
 
     def encode_batch(self, texts: Sequence[str], *, add_special: bool = True) -> list[list[int]]:
         """The ids of each text, computed on all cores; otherwise as encode."""
@@ -148,6 +151,9 @@ class Tokenizer:
             encodings = self._core.encode_batch_fast(list(texts), add_special_tokens=add_special)
         except TypeError:
             raise BadRequest("a text is not valid Unicode: it holds a lone surrogate") from None
+        except BaseException as error:
+            _check_panic(error)
+            raise
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
@@ -164,7 +170,11 @@ class Tokenizer:
     def decode_with_library(self, ids: Sequence[int], *, skip_special: bool) -> str:
         """What the tokenizers library makes of ids: the only way where style is WINDOW.  Holds the GIL."""
         known = [id for id in ids if 0 <= id < self.vocab_size]
-        return str(self._core.decode(known, skip_special_tokens=skip_special))
+        try:
+            return str(self._core.decode(known, skip_special_tokens=skip_special))
+        except BaseException as error:
+            _check_panic(error)
+            raise
 
     def byte_table(self, *, skip_special: bool, shown: frozenset[int] = frozenset()) -> Sequence[bytes]:
         """The bytes of every id, [vocab_size]; empty for special ids with skip_special.  Shared: read only.
@@ -320,6 +330,12 @@ def _latin1_or(spelled: str, piece: str) -> bytes:
         return piece.encode()
 
 
+def _check_panic(error: BaseException) -> None:
+    """Raise RuntimeError if error is a panic of the library: a BaseException, which nobody expects of a bug."""
+    if type(error).__name__ == "PanicException":
+        raise RuntimeError(f"the tokenizers library gave up: {one_line(error)}") from None
+
+
 def _read_core(folder: Path) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -331,7 +347,11 @@ def _read_core(folder: Path) -> tokenizers.Tokenizer:
         raise StartupError(f"{folder} has no tokenizer.json")
     data = _read_limited(path)
     try:
-        return tokenizers.Tokenizer.from_buffer(data)
+        try:
+            return tokenizers.Tokenizer.from_buffer(data)
+        except BaseException as error:
+            _check_panic(error)
+            raise
     except Exception as error:  # the library raises bare Exception for whatever its parser dislikes
         raise StartupError(f"{path} is not a tokenizer file: {one_line(error)}") from None
 
