@@ -70,6 +70,16 @@ class Meter(Protocol):
         """A sequence has ended; once for each that was submitted."""
 
 
+class Tracer(Protocol):
+    """Follows the sequences whose requests are traced, and no others.  Called on L only; must not raise."""
+
+    def sink(self, request: GenRequest, sink: TokenSink) -> TokenSink:
+        """What takes the tokens of a submitted request in sink's place; it hands them on."""
+
+    def ended(self, request_id: RequestId, end: Ended) -> None:
+        """Such a sequence has ended; once for each."""
+
+
 class _Unmetered:
     """A Meter that measures nothing."""
 
@@ -114,6 +124,7 @@ class Bridge:
         self.stats = EngineStats()
         self.on_stats: Callable[[EngineStats], None] | None = None
         self.meter: Meter = _Unmetered()
+        self.tracer: Tracer | None = None
 
     def next_id(self) -> RequestId:
         """A fresh request id.  L only."""
@@ -138,6 +149,8 @@ class Bridge:
         if self._death is not None:
             raise Unavailable("The engine has stopped; the server is shutting down.")
         self._inbox.put(request)
+        if request.traced and self.tracer is not None:
+            sink = self.tracer.sink(request, sink)
         self._streams[request.id] = _Stream(request, sink)
 
     def cancel(self, request_id: RequestId, reason: FinishReason = FinishReason.CANCELLED) -> None:
@@ -222,7 +235,10 @@ class Bridge:
 
     def _end(self, stream: _Stream, finish: FinishReason, timing: Timing | None, now_s: float) -> None:
         request, reason = stream.request, stream.reason or finish
-        self.meter.ended(Ended(reason, len(request.prompt), stream.tokens, max(0.0, now_s - request.arrival_s), timing))
+        end = Ended(reason, len(request.prompt), stream.tokens, max(0.0, now_s - request.arrival_s), timing)
+        self.meter.ended(end)
+        if request.traced and self.tracer is not None:
+            self.tracer.ended(request.id, end)
 
     def _die(self, error: EngineDied) -> None:
         self._death = error
@@ -260,7 +276,7 @@ def merge(parts: Sequence[Emit]) -> Emit:
         stop_id=last.stop_id,
         logprobs=logprobs,
         cached_tokens=max(part.cached_tokens for part in parts),
-        timing=last.timing,
+        timing=last.timing or first.timing,
         error=last.error,
         prompt_logprobs=next((part.prompt_logprobs for part in parts if part.prompt_logprobs is not None), None),
     )

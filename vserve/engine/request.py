@@ -83,6 +83,7 @@ class GenRequest:
     stop_ids: ids that end the sequence (the end-of-text ids are in it unless ignore_eos was asked for).
     cache_salt: blocks of the prefix cache are shared only among requests of the same salt.
     priority: lower is served earlier; equal ones by arrival.  arrival_s, deadline_s: time.monotonic() seconds.
+    traced: its chunks and preemptions are noted in its last Timing.
     """
 
     id: RequestId
@@ -97,6 +98,7 @@ class GenRequest:
     deadline_s: float | None = None
     constraint: Constraint | None = None
     prompt_logprobs: int | None = None
+    traced: bool = False
 
     @property
     def needs_ids(self) -> bool:
@@ -124,15 +126,28 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
+Chunk = tuple[int, float, int, int]
+"""Prompt tokens that one step took: its number, when it was planned, the first token's place, how many.
+
+A plain tuple: a traced step makes one a chunk.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """time.monotonic() seconds of a sequence's life, for Server-Timing and histograms."""
+    """time.monotonic() seconds of a sequence's life, for Server-Timing, histograms and traces.
+
+    chunks, preempted_s: where the request is traced; the first of them, with chunks_left_out the number of the others.
+    """
 
     arrival_s: float
     scheduled_s: float
     first_token_s: float
     finished_s: float
     preemptions: int = 0
+    chunks: tuple[Chunk, ...] = ()
+    chunks_left_out: int = 0
+    preempted_s: tuple[float, ...] = ()
 
 
 class Emit(NamedTuple):
@@ -140,8 +155,9 @@ class Emit(NamedTuple):
 
     ids: new token ids in order; empty only together with finish.  stop_id: set when finish is STOP and the last of
     ids is that stop id (it counts as a generated token; its text is not shown).  logprobs: one a token of ids, or
-    None.  cached_tokens: prompt tokens found in the prefix cache.  timing and error accompany finish; an
-    error that is a RequestFault is the client's.
+    None.  cached_tokens: prompt tokens found in the prefix cache.  timing: with the finish, and with the
+    first token (whose time is then the end, too).  error accompanies finish; one that is a RequestFault is the
+    client's.
     prompt_logprobs: with the first ids (or the finish), where they were asked for: one a prompt token but the first.
     """
 
