@@ -96,6 +96,10 @@ class Stand:
             self.url + path, json=body, headers={k.replace("_", "-"): v for k, v in headers.items()}, timeout=30
         )
 
+    def get(self, path: str, **headers: str) -> requests.Response:
+        """GET path."""
+        return requests.get(self.url + path, headers={k.replace("_", "-"): v for k, v in headers.items()}, timeout=30)
+
     def events(self, path: str, body: Mapping[str, Any]) -> list[Any]:
         """POST a streaming request: the data of every event, parsed; "[DONE]" as it is."""
         reply = self.post(path, {**body, "stream": True})

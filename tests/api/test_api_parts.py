@@ -161,10 +161,10 @@ def test_the_ignored_fields_header_is_bounded_and_safe() -> None:
     assert ignored_header(()) == ()
 
 
-def test_every_route_is_guarded_but_the_probes_and_the_metrics() -> None:
+def test_every_route_is_guarded_but_the_probes_the_metrics_and_the_description() -> None:
     entries = table(App(options()))
     assert {entry.name for entry in entries if entry.auth == OPEN} == {
-        "ping", "health", "ready", "live", "startup", "version",
+        "ping", "health", "ready", "live", "startup", "version", "openapi",
     }  # fmt: skip
     assert {entry.name for entry in entries if entry.auth == METRICS} == {"metrics"}
     assert len({entry.name for entry in entries}) == len(entries)

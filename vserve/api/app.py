@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from vserve.api.access import Keys
+from vserve.api.access import Keys, credentials
 from vserve.api.defaults import Defaults
 from vserve.api.keepalive import KeepAlive
 from vserve.api.load import Usage
@@ -41,13 +41,14 @@ _REFUSED = {401: "unauthorized", 403: "forbidden", 429: "overloaded"}
 class Options:
     """What the operator chose.  Times in seconds.
 
-    long_text_chars: texts longer than this are rendered and tokenised off the loop.
+    docs: /openapi.json is served.  long_text_chars: texts longer than this are rendered and tokenised off the loop.
     max_sequences: most choices of one request, over all its prompts.
     """
 
     version: str
     api_keys: tuple[str, ...] = ()
     strict: bool = False
+    docs: bool = True
     keep_alive_s: float = 15.0
     request_timeout_s: float | None = None
     stall_timeout_s: float = 60.0
@@ -249,7 +250,7 @@ class App:
 
     def salt(self, exchange: Exchange, asked: str | None) -> bytes:
         """The prefix-cache salt of this request: the caller's own, then the one it asked for."""
-        own = self.keys.salt(exchange.request.headers.get("authorization"))
+        own = self.keys.salt(credentials(exchange.request.headers))
         return own if asked is None else own + asked.encode("utf-8", "surrogatepass")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vserve.api.fields import Text, TokenIds, wrong
+from vserve.api.fields import Schema, Text, TokenIds, or_null, wrong
 from vserve.errors import BadRequest, shorten
 
 Prompt = str | list[int]
@@ -42,6 +42,11 @@ class Prompts:
             return tuple(_prompt(item, f"{path}[{i}]", type(value[0]), vocab_size) for i, item in enumerate(value))
         return (TokenIds(PROMPT_TOKEN_LIMIT).check(value, path, vocab_size),)
 
+    def schema(self) -> Schema:
+        text: Schema = {"type": "string"}
+        ids = {**TokenIds(PROMPT_TOKEN_LIMIT).schema(), "minItems": 1}
+        return {"anyOf": [text, _many(text, self.max_items, 1), ids, _many(ids, self.max_items, 1)]}
+
 
 def _prompt(item: object, path: str, kind: type, vocab_size: int) -> Prompt:
     if type(item) is not kind:
@@ -73,6 +78,10 @@ class Texts:
             texts.append(item)
         return tuple(texts)
 
+    def schema(self) -> Schema:
+        text: Schema = {"type": "string"}
+        return {"anyOf": [text, _many(text, self.max_items, 0)]}
+
 
 @dataclass(frozen=True, slots=True)
 class Messages:
@@ -88,6 +97,9 @@ class Messages:
         if len(value) > self.max_items:
             raise BadRequest(f"`{path}` takes at most {self.max_items} messages, got {len(value)}.", param=path)
         return tuple(_message(item, f"{path}[{i}]") for i, item in enumerate(value))
+
+    def schema(self) -> Schema:
+        return _many(_message_schema(), self.max_items, 1)
 
 
 _ROLE = Text(64, 1)
@@ -157,3 +169,29 @@ def _check_tool_calls(value: object, path: str) -> None:
     for i, call in enumerate(value):
         if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
             raise wrong(f"{path}[{i}]", "an object with a function", call)
+
+
+def _many(items: Schema, most: int, least: int) -> Schema:
+    return {"type": "array", "items": items, "minItems": least, "maxItems": most}
+
+
+def _message_schema() -> Schema:
+    """What ``_message`` takes: only an assistant's message may come without content."""
+    text: Schema = {"type": "string"}
+    kinds = [kind for kind, key in _TEXT_PARTS.items() if key == "text"]
+    part: Schema = {"type": "object", "properties": {"type": {"enum": kinds}, "text": text}, "required": ["text"]}
+    refusal: Schema = {
+        "type": "object",
+        "properties": {"type": {"const": "refusal"}, "refusal": text},
+        "required": ["type", "refusal"],
+    }
+    content: Schema = {"anyOf": [text, {"type": "array", "items": {"anyOf": [text, part, refusal]}}]}
+    call: Schema = {"type": "object", "properties": {"function": {"type": "object"}}, "required": ["function"]}
+    calls = or_null({"type": "array", "items": call})
+
+    def message(role: Schema, content: Schema, *required: str) -> Schema:
+        fields: Schema = {"role": role, "content": content, "tool_calls": calls}
+        return {"type": "object", "properties": fields, "required": ["role", *required]}
+
+    assistant = message({"const": "assistant"}, or_null(content))
+    return {"anyOf": [message(_ROLE.schema(), content, "content"), assistant]}

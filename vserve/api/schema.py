@@ -17,10 +17,12 @@ from vserve.api.fields import (
     LogitBias,
     Object,
     Objects,
+    Schema,
     Stops,
     Text,
     TokenIds,
     ignored,
+    object_schema,
     read,
     refused,
     table,
@@ -43,6 +45,7 @@ class StreamOptions:
 
 INCLUDE_USAGE: Field[bool] = Field("include_usage", Bool(), False, "one last chunk with the token counts")
 CONTINUOUS_USAGE: Field[bool] = Field("continuous_usage_stats", Bool(), False, "token counts in every chunk")
+STREAM_OPTION_LIMIT = 16
 STREAM_OPTION_ROWS = table(INCLUDE_USAGE, CONTINUOUS_USAGE)
 
 
@@ -51,7 +54,7 @@ class StreamOptionsKind:
     """An object with include_usage and continuous_usage_stats."""
 
     def check(self, value: object, path: str, vocab_size: int) -> StreamOptions:
-        body = Object(16).check(value, path, vocab_size)
+        body = Object(STREAM_OPTION_LIMIT).check(value, path, vocab_size)
         try:
             values, unknown = read(body, STREAM_OPTION_ROWS, vocab_size, strict=False)
         except BadRequest as error:
@@ -59,6 +62,9 @@ class StreamOptionsKind:
         return StreamOptions(
             values[INCLUDE_USAGE], values[CONTINUOUS_USAGE], tuple(f"{path}.{name}" for name in unknown)
         )
+
+    def schema(self) -> Schema:
+        return {**object_schema(STREAM_OPTION_ROWS, strict=False), "maxProperties": STREAM_OPTION_LIMIT}
 
 
 # Rows that chat and completions share.
