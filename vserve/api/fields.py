@@ -112,29 +112,32 @@ def table(*rows: object) -> Table:
     return made
 
 
-def read(body: dict[str, object], rows: Table, vocab_size: int, strict: bool) -> tuple[Values, tuple[str, ...]]:
+def read(
+    body: dict[str, object], rows: Table, vocab_size: int, strict: bool, prefix: str = ""
+) -> tuple[Values, tuple[str, ...]]:
     """Check body against the table: its values, and the names that have no effect.
 
-    Raises BadRequest for a value out of bounds, a missing required field, a REFUSED field and, when strict, for a
-    name without effect.
+    prefix: the path of body in a larger one, with its dot.  Raises BadRequest for a value out of bounds, a missing
+    required field, a REFUSED field and, when strict, for a name without effect.
     """
     found: dict[str, object] = {}
     ignored: list[str] = []
     for name, value in body.items():
-        field = rows.get(name)
+        field, path = rows.get(name), prefix + name
         if field is None:
-            ignored.append(name)
+            ignored.append(path)
         elif value is None:
             continue
         elif field.fate is Fate.OBEYED:
-            found[name] = field.kind.check(value, name, vocab_size)
+            found[name] = field.kind.check(value, path, vocab_size)
         elif not field.asks_nothing(value):
             if field.fate is Fate.REFUSED:
-                raise BadRequest(f"`{name}` is not supported by this version of the server.", param=name)
-            ignored.append(name)
+                raise BadRequest(f"`{path}` is not supported by this version of the server.", param=path)
+            ignored.append(path)
     for field in rows.values():
         if field.required and field.name not in found:
-            raise BadRequest(f"`{field.name}` is required.", param=field.name)
+            path = prefix + field.name
+            raise BadRequest(f"`{path}` is required.", param=path)
     if strict and ignored:
         raise without_effect(ignored[0])
     return Values(found), tuple(ignored)

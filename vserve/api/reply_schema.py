@@ -63,6 +63,33 @@ _PROBE: Schema = record(
     },
 )
 
+_BLOCK: Schema = {
+    "anyOf": [
+        record({"type": const("text"), "text": STRING}),
+        record({"type": const("thinking"), "thinking": STRING, "signature": STRING}),
+        record({"type": const("tool_use"), "id": STRING, "name": STRING, "input": ANY_OBJECT}),
+    ]
+}
+_DELTA: Schema = {
+    "anyOf": [
+        record({"type": const("text_delta"), "text": STRING}),
+        record({"type": const("thinking_delta"), "thinking": STRING}),
+        record({"type": const("input_json_delta"), "partial_json": STRING}),
+    ]
+}
+_STOP = or_null(one_of("end_turn", "max_tokens", "stop_sequence", "tool_use"))
+_STOPPED: Schema = {"stop_reason": _STOP, "stop_sequence": or_null(STRING)}
+_MESSAGE_EVENTS: list[Schema] = [
+    record({"type": const("message_start"), "message": ref("Message")}),
+    record({"type": const("ping")}),
+    record({"type": const("content_block_start"), "index": COUNT, "content_block": _BLOCK}),
+    record({"type": const("content_block_delta"), "index": COUNT, "delta": _DELTA}),
+    record({"type": const("content_block_stop"), "index": COUNT}),
+    record({"type": const("message_delta"), "delta": record(_STOPPED), "usage": ref("MessageUsage")}),
+    record({"type": const("message_stop")}),
+    ref("MessagesError"),
+]
+
 SCHEMAS: Final[dict[str, Schema]] = {
     "Error": record(
         {
@@ -197,6 +224,30 @@ SCHEMAS: Final[dict[str, Schema]] = {
     ),
     "Tokenized": {"anyOf": [ref("TokenizedText"), many(ref("TokenizedText"))]},
     "Detokenized": record({"text": STRING, "prompt": STRING}),
+    "MessagesError": record(
+        {"type": const("error"), "error": record({"type": STRING, "message": STRING}), "request_id": STRING}
+    ),
+    "MessageUsage": record(
+        {
+            "input_tokens": {**COUNT, "description": "those that were not cached"},
+            "cache_creation_input_tokens": COUNT,
+            "cache_read_input_tokens": COUNT,
+            "output_tokens": COUNT,
+        }
+    ),
+    "Message": record(
+        {
+            "id": STRING,
+            "type": const("message"),
+            "role": const("assistant"),
+            "model": STRING,
+            "content": many(_BLOCK),
+            **_STOPPED,
+            "usage": ref("MessageUsage"),
+        }
+    ),
+    "MessageEvent": {"anyOf": list(_MESSAGE_EVENTS)},
+    "TokenCount": record({"input_tokens": COUNT}),
     "OpenApi": record(
         {"openapi": STRING, "info": ANY_OBJECT, "paths": ANY_OBJECT, "components": ANY_OBJECT},
     ),

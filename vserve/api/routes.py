@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from vserve.api import schema
+from vserve.api import messages_fields, schema
 from vserve.api.access import METRICS, Key, credentials
 from vserve.api.app import App
 from vserve.api.chat import Chat
 from vserve.api.completions import Completions
 from vserve.api.entry import INFER, OPEN, Body, Doc, Entry, Need
+from vserve.api.messages import Messages
 from vserve.api.models import Models
 from vserve.api.openapi import OpenApi
 from vserve.api.ops import Ops
@@ -35,7 +36,7 @@ _PROBED = ((503, "Health"),)
 
 def table(app: App) -> tuple[Entry, ...]:
     """Every route of the server.  HEAD is served wherever GET is."""
-    ops, models, tokens, openapi = Ops(app), Models(app), Tokens(app), OpenApi(app)
+    ops, models, tokens, messages, openapi = Ops(app), Models(app), Tokens(app), Messages(app), OpenApi(app)
     get, post = ("GET",), ("POST",)
     rows = [
         Entry("ping", ("GET", "POST"), ("/ping",), ops.ping, OPEN, Need.NOTHING, Doc("The event loop turns.")),
@@ -90,6 +91,25 @@ def table(app: App) -> tuple[Entry, ...]:
                 takes=(Body("CompletionRequest", schema.COMPLETIONS),),
                 reply="Completion",
                 events="Completion",
+            ),
+        ),
+        Entry(
+            "messages", post, ("/v1/messages",), messages.create, INFER, Need.ROOM,
+            Doc(
+                "Go on with a conversation, in Anthropic's words.",
+                takes=(Body("MessagesRequest", messages_fields.MESSAGES),),
+                reply="Message",
+                events="MessageEvent",
+                error="MessagesError",
+            ),
+        ),
+        Entry(
+            "count_tokens", post, ("/v1/messages/count_tokens",), messages.count_tokens, INFER, Need.MODEL,
+            Doc(
+                "How many tokens the model would read.",
+                takes=(Body("CountTokensRequest", messages_fields.COUNT_TOKENS),),
+                reply="TokenCount",
+                error="MessagesError",
             ),
         ),
         Entry(
