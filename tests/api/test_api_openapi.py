@@ -286,6 +286,13 @@ REPLIES: list[tuple[str, str, dict[str, Any] | None]] = [
     ("Completion", "/v1/completions", {"prompt": "a", "logprobs": 1, "max_tokens": 3, "return_token_ids": True}),
     ("Message", "/v1/messages", {"messages": HI, "max_tokens": 3}),
     ("TokenCount", "/v1/messages/count_tokens", {"messages": HI}),
+    ("ChatCompletion", "/v1/chat/completions/batch", {"messages": [HI, HI]}),
+    ("Rendered", "/v1/chat/completions/render", {"messages": HI}),
+    ("Rendered", "/v1/completions/render", {"prompt": [[71], [72]]}),
+    ("Invocation", "/invocations", {"messages": HI}),
+    ("Scaled", "/scale_elastic_ep", {"new_data_parallel_size": 1}),
+    ("Scaling", "/is_scaling_elastic_ep", {}),
+    ("Scaling", "/is_scaling_elastic_ep", None),
     ("Tokenized", "/tokenize", {"prompt": "hello", "return_token_strs": True}),
     ("Tokenized", "/v1/tokenize", {"prompt": ["hello", "you"]}),
     ("Tokenized", "/tokenize", {"messages": HI}),
@@ -297,7 +304,7 @@ REPLIES: list[tuple[str, str, dict[str, Any] | None]] = [
 def test_a_reply_has_the_shape_that_is_described(
     name: str, path: str, body: dict[str, Any] | None, stand: Stand, document: Any
 ) -> None:
-    reply = stand.get(path) if body is None else stand.post(path, body)
+    reply = stand.get(path) if body is None else stand.post(path, body, accept="application/json")
     assert reply.status_code == 200, reply.text
     check_shape(document, name, reply.json())
 

@@ -26,6 +26,7 @@ from vserve.http.exchange import Exchange
 from vserve.http.site import AccessEntry
 from vserve.observe.heartbeat import Heartbeat
 from vserve.observe.metrics import EngineSeries, Metrics
+from vserve.scale.workers import LocalWorker, Workers
 from vserve.text.template import ChatTemplate
 from vserve.text.tokenizer import Tokenizer
 
@@ -129,6 +130,7 @@ class App:
         self.usage = Usage()
         self.metrics = Metrics()
         self.replies: set[Ending] = set()
+        self.workers: Workers = LocalWorker()
         self._pool = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         self._served: Served | None = None
 

@@ -36,14 +36,19 @@ class Completions:
         asked = parse_completion(fields, served.model.vocab_size, app.options.strict)
         wanted = asked.wanted
         head = reply_head(served, exchange, wanted, "cmpl-")
-        order = Order(
-            wanted=wanted,
-            prompts=await _prompts(app, served, asked),
-            default_max_tokens=DEFAULT_MAX_TOKENS,
-            continuation=True,
-        )
+        order = await prepare(app, served, asked)
         text = TokenText(served.model.tokenizer, wanted.tokens_as_ids)
         return await generate(app, served, exchange, order, CompletionDialect(head, wanted, text))
+
+
+async def prepare(app: App, served: Served, asked: CompletionRequest) -> Order:
+    """What is to be generated for prompts.  Raises BadRequest."""
+    return Order(
+        wanted=asked.wanted,
+        prompts=await _prompts(app, served, asked),
+        default_max_tokens=DEFAULT_MAX_TOKENS,
+        continuation=True,
+    )
 
 
 async def _prompts(app: App, served: Served, asked: CompletionRequest) -> list[Prompt]:

@@ -14,6 +14,7 @@ from vserve.http.exchange import Handler
 
 OPEN = "open"
 INFER = "infer"
+ADMIN = "admin"
 
 
 class Need(enum.Enum):

@@ -248,6 +248,22 @@ SCHEMAS: Final[dict[str, Schema]] = {
     ),
     "MessageEvent": {"anyOf": list(_MESSAGE_EVENTS)},
     "TokenCount": record({"input_tokens": COUNT}),
+    "RenderedPrompt": record(
+        {"prompt": STRING, "token_ids": _IDS, "token_strs": many(STRING), "count": COUNT, "max_model_len": COUNT}
+    ),
+    "Rendered": {"anyOf": [ref("RenderedPrompt"), many(ref("RenderedPrompt"))]},
+    "Invocation": {"anyOf": [ref("ChatCompletion"), ref("Completion")]},
+    "InvocationEvent": {"anyOf": [ref("ChatCompletionChunk"), ref("Completion")]},
+    "Scaled": record({"message": STRING, "data_parallel_size": COUNT}),
+    "Scaling": record(
+        {
+            "is_scaling_elastic_ep": BOOL,
+            "phase": one_of("idle", "draining", "resizing"),
+            "data_parallel_size": COUNT,
+            "requested_data_parallel_size": or_null(COUNT),
+            "error": or_null(STRING),
+        }
+    ),
     "OpenApi": record(
         {"openapi": STRING, "info": ANY_OBJECT, "paths": ANY_OBJECT, "components": ANY_OBJECT},
     ),

@@ -11,13 +11,17 @@ from typing import Protocol
 from vserve.api import messages_fields, schema
 from vserve.api.access import METRICS, Key, credentials
 from vserve.api.app import App
+from vserve.api.batch import BATCH, Batch
 from vserve.api.chat import Chat
 from vserve.api.completions import Completions
-from vserve.api.entry import INFER, OPEN, Body, Doc, Entry, Need
+from vserve.api.entry import ADMIN, INFER, OPEN, Body, Doc, Entry, Need
+from vserve.api.invocations import Invocations
 from vserve.api.messages import Messages
 from vserve.api.models import Models
 from vserve.api.openapi import OpenApi
 from vserve.api.ops import Ops
+from vserve.api.render import Render
+from vserve.api.scale import SCALE, Scale
 from vserve.api.tokens import Tokens
 from vserve.errors import ApiError
 from vserve.http.exchange import Headers
@@ -37,7 +41,11 @@ _PROBED = ((503, "Health"),)
 def table(app: App) -> tuple[Entry, ...]:
     """Every route of the server.  HEAD is served wherever GET is."""
     ops, models, tokens, messages, openapi = Ops(app), Models(app), Tokens(app), Messages(app), OpenApi(app)
-    get, post = ("GET",), ("POST",)
+    chat, completions, render, batch, scale = Chat(app), Completions(app), Render(app), Batch(app), Scale(app)
+    invocations = Invocations({"messages": chat.create, "prompt": completions.create})
+    asks_chat = Body("ChatCompletionRequest", schema.CHAT)
+    asks_text = Body("CompletionRequest", schema.COMPLETIONS)
+    get, post, html = ("GET",), ("POST",), ("text/html",)
     rows = [
         Entry("ping", ("GET", "POST"), ("/ping",), ops.ping, OPEN, Need.NOTHING, Doc("The event loop turns.")),
         Entry(
@@ -76,22 +84,48 @@ def table(app: App) -> tuple[Entry, ...]:
             Doc("One model.", reply="Model"),
         ),
         Entry(
-            "chat", post, ("/v1/chat/completions",), Chat(app).create, INFER, Need.ROOM,
+            "chat", post, ("/v1/chat/completions",), chat.create, INFER, Need.ROOM,
             Doc(
                 "Go on with a conversation.",
-                takes=(Body("ChatCompletionRequest", schema.CHAT),),
+                takes=(asks_chat,),
                 reply="ChatCompletion",
                 events="ChatCompletionChunk",
             ),
         ),
         Entry(
-            "completions", post, ("/v1/completions",), Completions(app).create, INFER, Need.ROOM,
+            "completions", post, ("/v1/completions",), completions.create, INFER, Need.ROOM,
             Doc(
                 "Go on with texts.",
-                takes=(Body("CompletionRequest", schema.COMPLETIONS),),
+                takes=(asks_text,),
                 reply="Completion",
                 events="Completion",
             ),
+        ),
+        Entry(
+            "batch", post, ("/v1/chat/completions/batch",), batch.create, INFER, Need.ROOM,
+            Doc("Go on with many conversations.", takes=(Body("BatchRequest", BATCH),), reply="ChatCompletion"),
+        ),
+        Entry(
+            "render_chat", post, ("/v1/chat/completions/render",), render.chat, INFER, Need.MODEL,
+            Doc("What the model would read of a conversation.", takes=(asks_chat,), reply="Rendered", texts=html),
+        ),
+        Entry(
+            "render_completion", post, ("/v1/completions/render",), render.completion, INFER, Need.MODEL,
+            Doc("What the model would read of prompts.", takes=(asks_text,), reply="Rendered", texts=html),
+        ),
+        Entry(
+            "invocations", post, ("/invocations",), invocations.create, INFER, Need.ROOM,
+            Doc("SageMaker's one path: the body says which endpoint is meant.", takes=(asks_chat, asks_text),
+                reply="Invocation", events="InvocationEvent"),
+        ),
+        Entry(
+            "scale", post, ("/scale_elastic_ep",), scale.resize, ADMIN, Need.MODEL,
+            Doc("Change how many copies of the model there are.", takes=(Body("ScaleRequest", SCALE),), query=SCALE,
+                reply="Scaled"),
+        ),
+        Entry(
+            "scaling", ("GET", "POST"), ("/is_scaling_elastic_ep",), scale.state, ADMIN, Need.NOTHING,
+            Doc("Whether such a change is under way.", reply="Scaling"),
         ),
         Entry(
             "messages", post, ("/v1/messages",), messages.create, INFER, Need.ROOM,
