@@ -32,7 +32,7 @@ def stand() -> Iterator[Stand]:
 
 
 def read(**fields: Any) -> Any:
-    return parse_messages({**ASK, **fields}, row.MESSAGES, VOCAB, strict=False)
+    return parse_messages(row.MESSAGES, {**ASK, **fields}, VOCAB, strict=False)
 
 
 def messages_of(*turns: Any, **fields: Any) -> Any:
@@ -173,7 +173,7 @@ def test_fields_without_effect_are_named_wherever_they_are(stand: Stand) -> None
     simple = {**ASK, "messages": [{"role": "user", "content": [text]}]}
     assert stand.post(PATH, simple).headers["x-ignored-params"] == "messages.content.cache_control"
     with pytest.raises(BadRequest, match=r"messages\.content\.cache_control"):
-        parse_messages(simple, row.MESSAGES, VOCAB, strict=True)
+        parse_messages(row.MESSAGES, simple, VOCAB, strict=True)
 
 
 CALL = {"type": "tool_use", "id": "a", "name": "f", "input": {}}

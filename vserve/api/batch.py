@@ -8,14 +8,15 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
-from vserve.api import body, schema
+from vserve.api import schema
 from vserve.api.app import App
+from vserve.api.asked import checked
 from vserve.api.chat import ChatDialect, prepare
 from vserve.api.fields import Field, read, refused, table
 from vserve.api.generation import Order, Prompt, generate, reply_head
 from vserve.api.nested import Items
 from vserve.api.prompts import Message, Messages
-from vserve.api.requests import parse_chat
+from vserve.api.requests import ChatRequest, parse_chat
 from vserve.api.shapes import TokenText
 from vserve.http.exchange import Exchange, Response
 
@@ -34,6 +35,14 @@ _OWN = (
 BATCH = table(*(row for name, row in schema.CHAT.items() if name not in {own.name for own in _OWN}), *_OWN)
 
 
+def parse_batch(
+    body: dict[str, object], vocab_size: int, strict: bool = False
+) -> tuple[tuple[tuple[Message, ...], ...], ChatRequest]:
+    """body as its conversations and the chat request that the first of them makes.  Raises BadRequest."""
+    conversations = read(body, BATCH, vocab_size, strict)[0][CONVERSATIONS]
+    return conversations, parse_chat({**body, "messages": list(conversations[0])}, vocab_size, strict)
+
+
 class Batch:
     """The endpoint."""
 
@@ -44,10 +53,7 @@ class Batch:
         """Answer one request.  Raises ApiError while nothing has been sent."""
         app = self._app
         served = app.served
-        request = exchange.request
-        fields = body.read(request.body, request.headers.get("content-type"))
-        conversations = read(fields, BATCH, served.model.vocab_size, app.options.strict)[0][CONVERSATIONS]
-        first = parse_chat({**fields, "messages": list(conversations[0])}, served.model.vocab_size, app.options.strict)
+        conversations, first = await checked(app, served, exchange, parse_batch)
         order: Order | None = None
         prompts: list[Prompt] = []
         for i, messages in enumerate(conversations):

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import orjson
 
-from vserve.api import body
 from vserve.api.app import App, Served
+from vserve.api.asked import checked
 from vserve.api.choice import Choice
 from vserve.api.generation import Order, Prompt, generate, reply_head
 from vserve.api.prompts import text_of
@@ -34,9 +34,7 @@ class Chat:
         """Answer one request.  Raises ApiError while nothing has been sent."""
         app = self._app
         served = app.served
-        request = exchange.request
-        fields = body.read(request.body, request.headers.get("content-type"))
-        asked = parse_chat(fields, served.model.vocab_size, app.options.strict)
+        asked = await checked(app, served, exchange, parse_chat)
         wanted = asked.wanted
         head = reply_head(served, exchange, wanted, "chatcmpl-")
         text = TokenText(served.model.tokenizer, wanted.tokens_as_ids)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import orjson
 
-from vserve.api import body, messages_errors
+from vserve.api import messages_errors
 from vserve.api import messages_fields as row
 from vserve.api.app import App
+from vserve.api.asked import checked
 from vserve.api.chat import prepare, prompt_ids
 from vserve.api.choice import Choice
 from vserve.api.generation import generate, ignored_header, reply_head
@@ -42,9 +44,7 @@ class Messages:
         """Answer one request.  Raises ApiError while nothing has been sent."""
         app = self._app
         served = app.served
-        request = exchange.request
-        fields = body.read(request.body, request.headers.get("content-type"))
-        asked = parse_messages(fields, row.MESSAGES, served.model.vocab_size, app.options.strict)
+        asked = await checked(app, served, exchange, partial(parse_messages, row.MESSAGES))
         head = reply_head(served, exchange, asked.wanted, "msg_")
         with own_words():
             order = await prepare(app, served, asked)
@@ -54,9 +54,7 @@ class Messages:
         """How many tokens the model would read."""
         app = self._app
         served = app.served
-        request = exchange.request
-        fields = body.read(request.body, request.headers.get("content-type"))
-        asked = parse_messages(fields, row.COUNT_TOKENS, served.model.vocab_size, app.options.strict)
+        asked = await checked(app, served, exchange, partial(parse_messages, row.COUNT_TOKENS))
         served.name(asked.wanted.model)
         with own_words():
             ids = await prompt_ids(app, served, asked.conversation)

@@ -33,7 +33,7 @@ _OWN_NAMES = {
 _TOOL_CHOICE: dict[str, object] = {"auto": "auto", "any": "required", "none": "none"}
 
 
-def parse_messages(body: dict[str, object], rows: Table, vocab_size: int, strict: bool) -> ChatRequest:
+def parse_messages(rows: Table, body: dict[str, object], vocab_size: int, strict: bool) -> ChatRequest:
     """body, which rows describes, as the chat request it means.  Raises BadRequest that names body's own fields."""
     values, unknown = read(body, rows, vocab_size, strict)
     given = (values[row.THINKING], values[row.METADATA], values[row.OUTPUT], values[row.TOOL_CHOICE])

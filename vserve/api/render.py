@@ -11,9 +11,9 @@ from html import escape
 
 import orjson
 
-from vserve.api import body
 from vserve.api.accept import prefers
 from vserve.api.app import App, Served
+from vserve.api.asked import checked
 from vserve.api.chat import prepare
 from vserve.api.completions import prepare as prepare_completion
 from vserve.api.generation import Order, fit, ignored_header
@@ -37,9 +37,7 @@ class Render:
         """A conversation: its messages and the tokens the template makes of them."""
         app = self._app
         served = app.served
-        request = exchange.request
-        fields = body.read(request.body, request.headers.get("content-type"))
-        asked = parse_chat(fields, served.model.vocab_size, app.options.strict)
+        asked = await checked(app, served, exchange, parse_chat)
         order = await prepare(app, served, asked)
         return await self._reply(exchange, served, order, asked.conversation.messages, many=False)
 
@@ -47,9 +45,7 @@ class Render:
         """One prompt, or a list of them."""
         app = self._app
         served = app.served
-        request = exchange.request
-        fields = body.read(request.body, request.headers.get("content-type"))
-        asked = parse_completion(fields, served.model.vocab_size, app.options.strict)
+        asked = await checked(app, served, exchange, parse_completion)
         order = await prepare_completion(app, served, asked)
         return await self._reply(exchange, served, order, (), many=len(order.prompts) > 1)
 
