@@ -109,7 +109,7 @@ async def measure(port: int, case: Case) -> Round:
 
 
 async def send(port: int, request: bytes) -> int:
-    """Send the request on a thread's own loop pace and read all of the answer; its status."""
+    """Send the request and read all of the answer; its status."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**24)
     writer.write(request)
     answer = await reader.read()

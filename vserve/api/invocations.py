@@ -8,7 +8,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 
-from vserve.api import body
+from vserve.api.app import App
+from vserve.api.asked import checked
 from vserve.errors import BadRequest
 from vserve.http.exchange import Exchange, Handler, Response
 
@@ -16,14 +17,14 @@ from vserve.http.exchange import Exchange, Handler, Response
 class Invocations:
     """The endpoint."""
 
-    def __init__(self, handlers: Mapping[str, Handler]) -> None:
+    def __init__(self, app: App, handlers: Mapping[str, Handler]) -> None:
         """handlers: who answers a body that has this field; the first that is there decides."""
+        self._app = app
         self._handlers = handlers
 
     async def create(self, exchange: Exchange) -> Response | None:
         """Hand the exchange on.  Raises BadRequest for a body that fits none."""
-        request = exchange.request
-        fields = body.read(request.body, request.headers.get("content-type"))
+        fields = await checked(self._app, self._app.served, exchange, lambda fields, *_: fields)
         for name, handler in self._handlers.items():
             if fields.get(name) is not None:
                 reply = handler(exchange)

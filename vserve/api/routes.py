@@ -42,7 +42,7 @@ def table(app: App) -> tuple[Entry, ...]:
     """Every route of the server.  HEAD is served wherever GET is."""
     ops, models, tokens, messages, openapi = Ops(app), Models(app), Tokens(app), Messages(app), OpenApi(app)
     chat, completions, render, batch, scale = Chat(app), Completions(app), Render(app), Batch(app), Scale(app)
-    invocations = Invocations({"messages": chat.create, "prompt": completions.create})
+    invocations = Invocations(app, {"messages": chat.create, "prompt": completions.create})
     asks_chat = Body("ChatCompletionRequest", schema.CHAT)
     asks_text = Body("CompletionRequest", schema.COMPLETIONS)
     get, post, html = ("GET",), ("POST",), ("text/html",)
