@@ -82,6 +82,10 @@ class Answer:
         """Whether an error is about the field."""
         return self.param.startswith(field) or f"`{field}" in self.message
 
+    def reports(self, field: str) -> bool:
+        """Whether the field, or one inside it, is said to have no effect."""
+        return any(name == field or name.startswith(f"{field}.") for name in self.ignored)
+
 
 class Server:
     """A running server, asked on one connection at a time."""
@@ -146,6 +150,7 @@ def endpoints(server: Server) -> list[Endpoint]:
                 "stream_options": stream,
                 "tool_choice": some_tools,
                 "parallel_tool_calls": some_tools,
+                "function_call": {"functions": [_FUNCTION]},
             },
         ),
         Endpoint(
@@ -220,9 +225,9 @@ def samples(kind: object, depth: int = 0) -> Iterator[object]:
         yield {"x": next(samples(inner[1], depth), "x")}
     elif origin is not None and inner and depth < DEPTH_LIMIT:
         yield from ([value] for value in samples(inner[0], depth + 1))
-    elif typing.is_typeddict(kind) and depth < DEPTH_LIMIT:
+    elif hasattr(kind, "__required_keys__") and depth < DEPTH_LIMIT:  # a TypedDict, of whichever module
         hints = typing.get_type_hints(kind)
-        needed: frozenset[str] = getattr(kind, "__required_keys__", frozenset())
+        needed: frozenset[str] = kind.__required_keys__
         yield {name: next(samples(hint, depth + 1), "x") for name, hint in hints.items() if name in needed or not depth}
 
 
@@ -232,19 +237,21 @@ def fate_of(server: Server, endpoint: Endpoint, field: str, kind: object) -> Fat
     for value in endpoint.values.get(field) or samples(kind):
         if value is not None and value not in values and len(values) < VALUE_LIMIT:
             values.append(value)
+    base = {**endpoint.base, **endpoint.beside.get(field, {})}
+    if server.ask(endpoint.path, base).status != 200:  # what it needs beside it is not served: ask for it alone
+        base = endpoint.base
     taken: list[object] = []
     refused: list[object] = []
     ignored: list[object] = []
     for value in values:
-        body = {**endpoint.base, **endpoint.beside.get(field, {}), field: value}
-        answer = server.ask(endpoint.path, body)
+        answer = server.ask(endpoint.path, {**base, field: value})
         if answer.status >= 500:
             return Fate(f"**{answer.status}** for {show(value)}", explained=False)
         if answer.status >= 400:
             if not answer.names(field):
                 return Fate(f"**refused without being named**: {answer.message[:80]}", explained=False)
             refused.append(value)
-        elif any(name == field or name.startswith(f"{field}.") for name in answer.ignored):
+        elif answer.reports(field):
             ignored.append(value)
         else:
             taken.append(value)
@@ -253,8 +260,8 @@ def fate_of(server: Server, endpoint: Endpoint, field: str, kind: object) -> Fat
         return Fate(f"reported as ignored{rest}{also_refused(refused)}")
     if not taken:
         return Fate("refused with 4xx") if refused else Fate("**no value was found to send**", explained=False)
-    wrong = server.ask(endpoint.path, {**endpoint.base, **endpoint.beside.get(field, {}), field: WRONG})
-    if wrong.status < 400 or not wrong.names(field):
+    wrong = server.ask(endpoint.path, {**base, field: WRONG})
+    if not (wrong.reports(field) if wrong.status < 400 else wrong.names(field)):
         return Fate("**taken whatever it holds and not reported**", explained=False)
     return Fate(f"obeyed{also_refused(refused)}")
 

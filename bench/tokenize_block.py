@@ -6,6 +6,11 @@
 One stream runs; half-way the long request is sent and its whole answer read.  ``added_ms`` is the stream's worst gap
 while the long request was under way less its worst gap just before, the least over the rounds: what other programs on
 the machine add is not the server's.  ``added_ms_max`` is the most.
+
+    python bench/tokenize_block.py --front             the front end alone, with a fake engine and one token a byte
+
+``held_ms`` is then the most processor time that one callback of the event loop took while the long request was
+answered: for so long nobody's token could go out.  A busy machine does not change it.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import itertools
 import json
 import random
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -136,13 +142,57 @@ async def run(port: int, rounds: int, only: str, *, record: bool) -> None:
         emit("tokenize_block", numbers, record=record)
 
 
+class Clock:
+    """Times every callback of the event loop in the processor time of its thread."""
+
+    def __init__(self) -> None:
+        self.most_s = 0.0
+        inner = asyncio.Handle._run
+
+        def timed(handle: asyncio.Handle) -> None:
+            began = time.thread_time()
+            inner(handle)
+            if threading.current_thread().name == "loop":
+                self.most_s = max(self.most_s, time.thread_time() - began)
+
+        asyncio.Handle._run = timed  # type: ignore[method-assign, assignment]
+
+
+def front(rounds: int, only: str, *, record: bool) -> None:
+    """Every case against the front end alone."""
+    from tests.fakes_api import LETTERS, standing
+
+    clock = Clock()
+    with standing() as stand:
+        for case in cases(random.Random(7)):
+            if only and only not in case.name:
+                continue
+            body = dict(case.body)
+            for name in ("prompt", "tokens"):  # ids of its own vocabulary
+                ids = body.get(name)
+                if isinstance(ids, list) and isinstance(ids[0], int):
+                    body[name] = [id % LETTERS.vocab_size for id in ids]
+            request = request_bytes(case.path, body, "127.0.0.1")
+            held_ms, status = [], 0
+            for _ in range(rounds):
+                clock.most_s = 0.0
+                status = asyncio.run(send(stand.port, request))
+                held_ms.append(round(clock.most_s * 1e3, 2))
+            numbers = {"part": "front", "case": case.name, "bytes": len(request), "status": status}
+            emit("tokenize_block", {**numbers, "held_ms": min(held_ms), "held_ms_max": max(held_ms)}, record=record)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="measure this server of this machine instead of starting one")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--record", action="store_true", help="append the lines to bench/results/tokenize_block.jsonl")
+    parser.add_argument("--front", action="store_true", help="the front end alone")
     args = parser.parse_args()
+    if args.front:
+        front(args.rounds, args.only, record=args.record)
+        return
     with contextlib.ExitStack() as stack:
         if args.url:
             host, _, port = args.url.removeprefix("http://").rstrip("/").partition(":")
