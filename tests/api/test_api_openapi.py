@@ -295,6 +295,8 @@ REPLIES: list[tuple[str, str, dict[str, Any] | None]] = [
     ("Scaling", "/is_scaling_elastic_ep", None),
     ("Tokenized", "/tokenize", {"prompt": "hello", "return_token_strs": True}),
     ("Tokenized", "/v1/tokenize", {"prompt": ["hello", "you"]}),
+    ("Tokenized", "/tokenize", {"prompt": ""}),
+    ("Tokenized", "/tokenize", {"prompt": []}),
     ("Tokenized", "/tokenize", {"messages": HI}),
     ("Detokenized", "/detokenize", {"tokens": [104, 105]}),
 ]

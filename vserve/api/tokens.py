@@ -33,8 +33,8 @@ class Tokens:
         if asked.conversation is not None:
             lists = [await prompt_ids(app, served, asked.conversation)]
         else:
-            texts = asked.texts or ()
-            lists = await encode(app, served, [texts] if isinstance(texts, str) else texts, asked.add_special)
+            texts = (asked.texts,) if isinstance(asked.texts, str) else asked.texts or ()
+            lists = await encode(app, served, texts, asked.add_special)
 
         def worded() -> bytes:
             entries = [_entry(served, ids, asked.token_strs) for ids in lists]
