@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 STDLIB = frozenset(sys.stdlib_module_names)
 
-POLICY = frozenset({"request", "inbox", "pages", "prefix", "sequence", "scheduler"})
+POLICY = frozenset({"encoding", "encoding_queue", "request", "inbox", "pages", "prefix", "sequence", "scheduler"})
 """Modules of vserve.engine that decide and never touch a tensor."""
 
 RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
@@ -22,7 +22,7 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "settings": (frozenset({"config", "errors", "familiar"}), frozenset()),
     "client": (frozenset({"errors"}), frozenset()),
     "http": (frozenset({"errors"}), frozenset()),
-    "text": (frozenset({"errors"}), frozenset({"tokenizers", "jinja2", "markupsafe"})),
+    "text": (frozenset({"errors"}), frozenset({"tokenizers", "jinja2", "markupsafe", "llguidance"})),
     "kernels": (frozenset(), frozenset({"torch", "triton"})),
     "model": (frozenset({"kernels", "errors"}), frozenset({"torch", "safetensors", "numpy", "huggingface_hub"})),
     "engine.policy": (frozenset({"errors"}), frozenset()),
@@ -33,8 +33,9 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "observe": (frozenset({"errors"}), frozenset({"prometheus_client"})),
     "scale": (frozenset({"errors"}), frozenset()),
     "bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
+    "encoder_bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
     "api": (
-        frozenset({"http", "text", "bridge", "engine.policy", "errors", "observe", "scale", ""}),
+        frozenset({"http", "text", "bridge", "encoder_bridge", "engine.policy", "errors", "observe", "scale", ""}),
         frozenset({"orjson"}),
     ),
 }

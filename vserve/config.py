@@ -69,6 +69,21 @@ class Config:
     served_model_name: tuple[str, ...] = _option(
         (), "name clients use in the field model; repeat the flag for several, the first is shown", "model"
     )
+    embedding_model: str | None = _option(
+        None,
+        "model of /v1/embeddings, /score and /rerank, beside the one that generates: a Hugging Face folder or a hub id "
+        "of the BERT or XLM-RoBERTa family; such a model as --model is served alone",
+        "model",
+    )
+    served_embedding_model_name: tuple[str, ...] = _option(
+        (), "name clients use for the embedding model; repeat the flag for several, the first is shown", "model"
+    )
+    embedding_dtype: str = _option(
+        "auto",
+        "type of the embedding model's weights; auto: float32 on CPU, the model's own on GPU",
+        "model",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
     load_format: str = _option(
         "auto",
         "auto reads the files; dummy makes random weights from config.json, for benchmarks",
@@ -86,6 +101,22 @@ class Config:
         None, "longest prompt plus answer; the model's own limit by default", "model", low=1, unit="tokens"
     )
     seed: int = _option(0, "seed of dummy weights", "model", low=0, high=2**63 - 1)
+
+    tool_call_parser: str = _option(
+        "auto",
+        "how the model writes calls of tools; auto: as its chat template shows; none: calls are left in the text",
+        "model",
+        choices=("auto", "hermes", "llama3_json", "mistral", "none"),
+    )
+    enable_auto_tool_choice: bool = _option(
+        False, "has no effect: the model may always choose to call; for launch lines of other servers", "model"
+    )
+    reasoning_parser: str = _option(
+        "auto",
+        "how the model's reasoning is told from its answer; auto: as its chat template shows; none: not at all",
+        "model",
+        choices=("auto", "deepseek_r1", "qwen3", "none"),
+    )
 
     device: str = _option("auto", "where the model runs", "engine", choices=("auto", "cpu", "cuda"))
     block_size: int = _option(16, "tokens in one block of the KV cache", "engine", choices=(8, 16, 32), unit="tokens")

@@ -289,7 +289,19 @@ def dialect() -> MessagesDialect:
 
 
 def choice() -> Choice:
-    reading = Reading(LETTERS, True, False, (), False, 0, LETTERS.eos_ids, False, False, False)
+    reading = Reading(
+        tokenizer=LETTERS,
+        skip_special=True,
+        continuation=False,
+        stops=(),
+        include_stop=False,
+        min_tokens=0,
+        eos_ids=LETTERS.eos_ids,
+        keep_ids=False,
+        keep_logprobs=False,
+        scored=False,
+        count_chunks=False,
+    )
     return Choice(0, True, [1, 2, 3], None, reading, "")
 
 

@@ -134,7 +134,20 @@ def _ecma_pattern(validator: Any, pattern: str, value: object, schema: object) -
         yield jsonschema.ValidationError(f"{value!r} does not match {pattern!r}")
 
 
-Judge = extend(jsonschema.Draft202012Validator, {"pattern": _ecma_pattern}, type_checker=_STRICT_INTEGER)
+def _unique_names(validator: Any, unique: bool, value: object, schema: object) -> Iterator[jsonschema.ValidationError]:
+    # Tools: JSON Schema can't say that names differ.
+    items = [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+    functions = [item["function"] if isinstance(item.get("function"), dict) else item for item in items]
+    names = [str(function.get("name")) for function in functions]
+    if len(set(names)) < len(names):
+        yield jsonschema.ValidationError(f"{names} has one name twice")
+
+
+Judge = extend(
+    jsonschema.Draft202012Validator,
+    {"pattern": _ecma_pattern, "uniqueItems": _unique_names},
+    type_checker=_STRICT_INTEGER,
+)
 """JSON Schema, but an integer is a number written without a fraction."""
 
 _SCALARS = (

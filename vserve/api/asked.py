@@ -6,10 +6,10 @@ Event-loop thread; the parser it is given runs in the pool for long bodies and m
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from vserve.api import body
-from vserve.api.app import App, Served
+from vserve.api.app import App
 from vserve.http.exchange import Exchange
 
 T = TypeVar("T")
@@ -21,12 +21,19 @@ Parser = Callable[[dict[str, object], int, bool], T]
 """From a body, the vocabulary's size and whether to be strict to a checked request; raises BadRequest."""
 
 
-async def checked(app: App, served: Served, exchange: Exchange, parse: Parser[T]) -> T:
+class Spoken(Protocol):
+    """What is served, as far as the check of a body needs it."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+
+async def checked(app: App, served: Spoken, exchange: Exchange, parse: Parser[T]) -> T:
     """The exchange's request as parse makes it.  Raises BadRequest and UnsupportedMediaType."""
     request = exchange.request
 
     def read() -> T:
         fields = body.read(request.body, request.headers.get("content-type"))
-        return parse(fields, served.model.vocab_size, app.options.strict)
+        return parse(fields, served.vocab_size, app.options.strict)
 
     return read() if len(request.body) <= LONG_BODY_BYTES else await app.off_loop(read)

@@ -23,6 +23,7 @@ class Need(enum.Enum):
     NOTHING = enum.auto()
     MODEL = enum.auto()  # a loaded model, and a server that is not draining
     ROOM = enum.auto()  # the same, and room in the engine's queue
+    ENCODER_ROOM = enum.auto()  # the same for the embedding model's queue
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from vserve.api.fields import (
     Float,
     Int,
     Object,
+    OneOf,
     Schema,
     Table,
     Text,
@@ -20,7 +21,7 @@ from vserve.api.fields import (
     refused,
     table,
 )
-from vserve.api.nested import Checked, Choice, Items, Record, Tagged
+from vserve.api.nested import Checked, Items, Record, Tagged
 from vserve.api.prompts import MESSAGE_LIMIT
 from vserve.api.schema import MODEL, STREAM
 
@@ -112,7 +113,7 @@ FORMAT: Field[Checked | None] = Field(
     "format", Tagged({"json_schema": table(SCHEMA)}), None, "the answer is JSON that follows a schema"
 )
 EFFORT: Field[str | None] = Field(
-    "effort", Choice(("low", "medium", "high", "xhigh", "max")), None, "how much to reason"
+    "effort", OneOf(("low", "medium", "high", "xhigh", "max")), None, "how much to reason"
 )
 USER_ID: Field[str | None] = Field("user_id", Text(4096), None, "the operator's to use; no effect on the answer")
 

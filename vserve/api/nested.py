@@ -1,4 +1,4 @@
-"""Kinds of request field that are made of others: objects with a table of their own, tagged objects, lists, words.
+"""Kinds of request field that are made of others: objects with a table of their own, tagged objects, lists.
 
 Knows nothing of any endpoint; the plain kinds are fields.py's.
 """
@@ -89,18 +89,3 @@ class Items(Generic[T]):
 
     def schema(self) -> Schema:
         return {"type": "array", "items": self.kind.schema(), "minItems": self.least, "maxItems": self.most}
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One of a few strings."""
-
-    names: tuple[str, ...]
-
-    def check(self, value: object, path: str, vocab_size: int) -> str:
-        if isinstance(value, str) and value in self.names:
-            return value
-        raise wrong(path, f"one of {', '.join(self.names)}", value)
-
-    def schema(self) -> Schema:
-        return {"type": "string", "enum": list(self.names)}

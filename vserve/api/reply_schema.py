@@ -60,6 +60,9 @@ _PROBE: Schema = record(
         "reason": or_null(STRING),
         "running": COUNT,
         "waiting": COUNT,
+        "embedding_heartbeat_age_s": NUMBER,
+        "embedding_reason": or_null(STRING),
+        "embedding_requests": COUNT,
     },
 )
 
@@ -113,6 +116,8 @@ SCHEMAS: Final[dict[str, Schema]] = {
             "kv_cache_usage": NUMBER,
             "kv_blocks_held": COUNT,
             "kv_blocks_total": COUNT,
+            "embedding_requests": COUNT,
+            "embedding_tokens": COUNT,
         },
     ),
     "Model": record(
@@ -252,7 +257,49 @@ SCHEMAS: Final[dict[str, Schema]] = {
         {"prompt": STRING, "token_ids": _IDS, "token_strs": many(STRING), "count": COUNT, "max_model_len": COUNT}
     ),
     "Rendered": {"anyOf": [ref("RenderedPrompt"), many(ref("RenderedPrompt"))]},
-    "Invocation": {"anyOf": [ref("ChatCompletion"), ref("Completion")]},
+    "EncoderUsage": record({"prompt_tokens": COUNT, "total_tokens": COUNT}),
+    "EmbeddingList": record(
+        {
+            "id": STRING,
+            "object": const("list"),
+            "created": COUNT,
+            "model": STRING,
+            "data": many(
+                record(
+                    {
+                        "object": const("embedding"),
+                        "index": COUNT,
+                        "embedding": {
+                            "anyOf": [many(NUMBER), STRING],
+                            "description": "numbers, or float32 little-endian as base64",
+                        },
+                    }
+                )
+            ),
+            "usage": ref("EncoderUsage"),
+        }
+    ),
+    "ScoreList": record(
+        {
+            "id": STRING,
+            "object": const("list"),
+            "created": COUNT,
+            "model": STRING,
+            "data": many(record({"index": COUNT, "object": const("score"), "score": NUMBER})),
+            "usage": ref("EncoderUsage"),
+        }
+    ),
+    "Ranking": record(
+        {
+            "id": STRING,
+            "model": STRING,
+            "usage": ref("EncoderUsage"),
+            "results": many(
+                record({"index": COUNT, "relevance_score": NUMBER}, {"document": record({"text": STRING})})
+            ),
+        }
+    ),
+    "Invocation": {"anyOf": [ref("ChatCompletion"), ref("Completion"), ref("EmbeddingList")]},
     "InvocationEvent": {"anyOf": [ref("ChatCompletionChunk"), ref("Completion")]},
     "Scaled": record({"message": STRING, "data_parallel_size": COUNT}),
     "Scaling": record(

@@ -14,6 +14,7 @@ from vserve.api.app import App
 from vserve.api.batch import BATCH, Batch
 from vserve.api.chat import Chat
 from vserve.api.completions import Completions
+from vserve.api.embeddings import Embeddings
 from vserve.api.entry import ADMIN, INFER, OPEN, Body, Doc, Entry, Need
 from vserve.api.invocations import Invocations
 from vserve.api.messages import Messages
@@ -22,6 +23,7 @@ from vserve.api.openapi import OpenApi
 from vserve.api.ops import Ops
 from vserve.api.render import Render
 from vserve.api.scale import SCALE, Scale
+from vserve.api.score import Score
 from vserve.api.tokens import Tokens
 from vserve.errors import ApiError
 from vserve.http.exchange import Headers
@@ -42,7 +44,9 @@ def table(app: App) -> tuple[Entry, ...]:
     """Every route of the server.  HEAD is served wherever GET is."""
     ops, models, tokens, messages, openapi = Ops(app), Models(app), Tokens(app), Messages(app), OpenApi(app)
     chat, completions, render, batch, scale = Chat(app), Completions(app), Render(app), Batch(app), Scale(app)
-    invocations = Invocations(app, {"messages": chat.create, "prompt": completions.create})
+    embeddings, score = Embeddings(app), Score(app)
+    invocations = Invocations(app, {"messages": chat.create, "prompt": completions.create, "input": embeddings.create})
+    asks_embedding = Body("EmbeddingRequest", schema.EMBEDDINGS)
     asks_chat = Body("ChatCompletionRequest", schema.CHAT)
     asks_text = Body("CompletionRequest", schema.COMPLETIONS)
     get, post, html = ("GET",), ("POST",), ("text/html",)
@@ -115,8 +119,22 @@ def table(app: App) -> tuple[Entry, ...]:
         ),
         Entry(
             "invocations", post, ("/invocations",), invocations.create, INFER, Need.ROOM,
-            Doc("SageMaker's one path: the body says which endpoint is meant.", takes=(asks_chat, asks_text),
+            Doc("SageMaker's one path: the body says which endpoint is meant.",
+                takes=(asks_chat, asks_text, asks_embedding),
                 reply="Invocation", events="InvocationEvent"),
+        ),
+        Entry(
+            "embeddings", post, ("/v1/embeddings",), embeddings.create, INFER, Need.ENCODER_ROOM,
+            Doc("Texts as vectors.", takes=(asks_embedding,), reply="EmbeddingList"),
+        ),
+        Entry(
+            "score", post, ("/score", "/v1/score"), score.score, INFER, Need.ENCODER_ROOM,
+            Doc("How alike texts are.", takes=(Body("ScoreRequest", schema.SCORE),), reply="ScoreList"),
+        ),
+        Entry(
+            "rerank", post, ("/rerank", "/v1/rerank", "/v2/rerank"), score.rerank, INFER, Need.ENCODER_ROOM,
+            Doc("Documents in the order of how well they fit.", takes=(Body("RerankRequest", schema.RERANK),),
+                reply="Ranking"),
         ),
         Entry(
             "scale", post, ("/scale_elastic_ep",), scale.resize, ADMIN, Need.MODEL,
@@ -211,5 +229,7 @@ class Gate:
             refusal = app.unavailable()
             if refusal is None and entry.need is Need.ROOM:
                 refusal = app.overloaded()
+            elif refusal is None and entry.need is Need.ENCODER_ROOM:
+                refusal = app.encoder_overloaded()
         # Last: only a request that is let in otherwise counts against its key's rate.
         return refusal if refusal is not None else app.keys.spend(caller)
