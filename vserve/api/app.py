@@ -22,12 +22,14 @@ from vserve.api.keepalive import KeepAlive
 from vserve.api.load import Usage
 from vserve.api.meter import SeriesMeter, engine_now
 from vserve.api.status import Lifecycle, Status
+from vserve.api.tracing import Exporter, Tracing
 from vserve.bridge import Bridge
 from vserve.errors import ApiError, BadRequest, NotFound, RateLimited, Unavailable, shorten
 from vserve.http.exchange import Exchange
 from vserve.http.site import AccessEntry
 from vserve.observe.heartbeat import Heartbeat
 from vserve.observe.metrics import EngineSeries, Metrics
+from vserve.observe.trace import TraceRing
 from vserve.scale.workers import LocalWorker, Workers
 from vserve.text.grammar import HELPERS, Grammar, Grammars, why_none
 from vserve.text.grammar_spec import GrammarSpec
@@ -47,6 +49,8 @@ _REFUSED = {401: "unauthorized", 403: "forbidden", 429: "overloaded"}
 class Options:
     """What the operator chose.  Times in seconds.
 
+    rca: the routes under /debug are served.  rca_traces, rca_trace_bytes: bounds of the traces kept for them.
+    settings: what the server was started with, as JSON has it and without secrets, for them.
     docs: /openapi.json is served.  long_text_chars: texts longer than this are rendered and tokenised off the loop.
     tool_call_parser, reasoning_parser: the flags' values; "auto" is what the chat template shows.
     max_sequences: most choices of one request, over all its prompts.
@@ -56,6 +60,10 @@ class Options:
     api_keys: tuple[str, ...] = ()
     strict: bool = False
     docs: bool = True
+    rca: bool = False
+    rca_traces: int = 1000
+    rca_trace_bytes: int = 16 * 2**20
+    settings: Mapping[str, object] = field(default_factory=dict)
     keep_alive_s: float = 15.0
     request_timeout_s: float | None = None
     stall_timeout_s: float = 60.0
@@ -78,6 +86,15 @@ class Waiting(Protocol):
     @property
     def tokens(self) -> int:
         """Prompt tokens of those requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """What computes.  cuda_version: None where torch was built without; device: "cpu" or "cuda"."""
+
+    torch_version: str
+    cuda_version: str | None
+    device: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +165,21 @@ class Ending(Protocol):
 class App:
     """One server's shared state.  Made before the model; ``ready`` brings the model in."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, exporter: Exporter | None = None) -> None:
+        """exporter: takes the traces of finished requests."""
         self.options = options
+        self.runtime: Runtime | None = None  # once it is loaded
+        self.tracing: Tracing | None = None
+        if options.rca or exporter is not None:
+            ring = TraceRing(options.rca_traces, options.rca_trace_bytes) if options.rca else None
+            self.tracing = Tracing(ring, exporter)
         self.life = Lifecycle()
         self.keys = Keys(options.api_keys)
         self.keep_alive = KeepAlive(options.keep_alive_s)
         self.usage = Usage()
         self.metrics = Metrics()
+        if self.tracing is not None:
+            self.tracing.show(self.metrics)
         self.replies: set[Ending] = set()
         self.workers: Workers = LocalWorker()
         self._pool = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
@@ -194,6 +219,7 @@ class App:
             embedding=embedding,
         )
         model.bridge.on_stats = self.usage.observe
+        model.bridge.tracer = self.tracing
         series = EngineSeries(
             model.names[0],
             model.max_model_len,
@@ -315,6 +341,8 @@ class App:
     def exchanged(self, entry: AccessEntry) -> None:
         """Count a finished, refused or broken-off exchange (the access log's hook)."""
         self.metrics.exchange(entry.route, entry.method, entry.status, entry.duration_s)
+        if self.tracing is not None:
+            self.tracing.exchanged(entry)
 
     def refused(self, error: ApiError) -> None:
         """Count a request that was not let in."""

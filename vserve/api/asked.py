@@ -10,7 +10,8 @@ from typing import Protocol, TypeVar
 
 from vserve.api import body
 from vserve.api.app import App
-from vserve.http.exchange import Exchange
+from vserve.errors import BadRequest
+from vserve.http.exchange import Exchange, Request
 
 T = TypeVar("T")
 
@@ -37,3 +38,14 @@ async def checked(app: App, served: Spoken, exchange: Exchange, parse: Parser[T]
         return parse(fields, served.vocab_size, app.options.strict)
 
     return read() if len(request.body) <= LONG_BODY_BYTES else await app.off_loop(read)
+
+
+def query_fields(request: Request) -> dict[str, object]:
+    """The fields of the query, numbers as such.  Raises BadRequest for one that is given twice."""
+    made: dict[str, object] = {}
+    for name, given in request.query_params().items():
+        if len(given) > 1:
+            raise BadRequest(f"`{name}` is given {len(given)} times.", param=name)
+        number = given[0].isascii() and given[0].isdigit() and len(given[0]) <= 12
+        made[name] = int(given[0]) if number else given[0]
+    return made

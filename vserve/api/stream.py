@@ -15,6 +15,7 @@ import orjson
 from vserve.api.app import App
 from vserve.api.choice import Choice
 from vserve.api.reply import OPENAI, Dialect, Framing, Headers, Reply
+from vserve.api.shapes import server_timing
 from vserve.bridge import Bridge
 from vserve.engine.request import FinishReason
 from vserve.errors import ApiError, InternalError
@@ -22,6 +23,8 @@ from vserve.http import sse
 from vserve.http.exchange import Exchange
 
 log = logging.getLogger(__name__)
+
+TIMING = "server-timing"
 
 
 class Flow(enum.Enum):
@@ -84,7 +87,7 @@ class StreamReply(Reply):
         exchange.write(self._dialect.ending(self.counts) + self._framing.done)
         self._flow = Flow.ENDED
         super().end()
-        exchange.end()
+        self._last()
 
     def report(self, error: ApiError) -> None:
         if self._flow is Flow.WAITING:
@@ -92,7 +95,7 @@ class StreamReply(Reply):
             return
         self._flow = Flow.ENDED
         self.exchange.write(self._framing.failure(error, self.exchange.id) + self._framing.done)
-        self.exchange.end()
+        self._last()
         self._wake()
 
     def close(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
@@ -110,7 +113,20 @@ class StreamReply(Reply):
     def _start(self) -> None:
         if self._flow is Flow.WAITING:
             self._flow = Flow.STARTED
-            self.exchange.start_stream(200, sse.CONTENT_TYPE, (*sse.HEADERS, *self._headers))
+            headers = (*sse.HEADERS, *self._headers, *self._timing(decoded=False))
+            if self.exchange.takes_trailers:
+                headers = (*headers, ("trailer", TIMING))
+            self.exchange.start_stream(200, sse.CONTENT_TYPE, headers)
+
+    def _timing(self, decoded: bool) -> Headers:
+        """What is known of the times of those choices that have begun."""
+        timings = [choice.timing for choice in self._choices if choice.timing is not None]
+        return ((TIMING, server_timing(timings, decoded)),) if timings else ()
+
+    def _last(self) -> None:
+        """Nothing follows but the times, for a client that takes them there."""
+        exchange = self.exchange
+        exchange.end(self._timing(decoded=True) if exchange.takes_trailers else ())
 
     def _open(self) -> None:
         if self._flow is Flow.FLOWING:

@@ -18,6 +18,7 @@ from vserve.engine.request import Emit, GenRequest, RequestId
 from vserve.errors import EngineDied
 from vserve.http.exchange import Exchange, Handler
 from vserve.http.site import AccessEntry
+from vserve.observe.metrics import Exported, Metrics
 from vserve.observe.trace import ID_CHARS, ChoiceTrace, Kept, Trace, TraceRing, parent_of
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,10 @@ class Exporter(Protocol):
 
     def offer(self, record: dict[str, object]) -> None:
         """Take the record of a trace, or drop it; never waits, never raises."""
+
+    @property
+    def figures(self) -> Exported:
+        """What became of those offered so far."""
 
 
 def trace_of(exchange: Exchange) -> Trace | None:
@@ -50,6 +55,14 @@ class Tracing:
         self._exporter = exporter
         self._clock = clock
         self._choices: dict[RequestId, tuple[Trace, ChoiceTrace]] = {}  # expected or under way
+
+    def show(self, metrics: Metrics) -> None:
+        """Have the counts shown there."""
+        ring, exporter = self.ring, self._exporter
+        if ring is not None:
+            metrics.ring = lambda: ring.figures
+        if exporter is not None:
+            metrics.exported = lambda: exporter.figures
 
     def handler(self, handler: Handler, route: str) -> Handler:
         """The handler of a route whose requests are traced from now on."""

@@ -149,9 +149,7 @@ class Sequence:
         if history is None:
             return Timing(arrival_s, scheduled_s, first_s, now_s, self.preemptions)
         chunks, preempted_s = tuple(history.chunks), tuple(history.preempted_s)
-        return Timing(
-            arrival_s, scheduled_s, first_s, now_s, self.preemptions, chunks, history.left_out, preempted_s
-        )
+        return Timing(arrival_s, scheduled_s, first_s, now_s, self.preemptions, chunks, history.left_out, preempted_s)
 
     def move(self, cause: Cause) -> None:
         """Follow the table; KeyError is a bug in the scheduler."""

@@ -20,7 +20,7 @@ _COUNTED = ("id", "prompt_tokens", "cached_tokens", "completion_tokens", "preemp
 
 def events_of(records: Sequence[Record], process: str) -> dict[str, object]:
     """The JSON object of these records (trace.Trace.record), in any order.  process: the name of the one process."""
-    events = [_meta("process_name", 0, name=process)]
+    events = [_meta("process_name", 0, {"name": process})]
     track = 0
     for record in records:
         track += 1
@@ -36,8 +36,8 @@ def _request(record: Record, track: int) -> list[Event]:
     route, base_us = str(record["route"]), _number(record, "received") * 1e6
     ended_ms = _time(record, "ended_ms") or 0.0
     made = [
-        _meta("thread_name", track, name=f"{route} {record['id']}"),
-        _meta("thread_sort_index", track, sort_index=track),
+        _meta("thread_name", track, {"name": f"{route} {record['id']}"}),
+        _meta("thread_sort_index", track, {"sort_index": track}),
         _span(route, track, base_us, 0.0, ended_ms, {name: record[name] for name in _KEPT}),
     ]
     admitted_ms = _time(record, "admitted_ms") or 0.0
@@ -51,8 +51,8 @@ def _request(record: Record, track: int) -> list[Event]:
 
 def _choice(choice: Record, base_us: float, track: int) -> list[Event]:
     made = [
-        _meta("thread_name", track, name=f"choice {choice['index']}"),
-        _meta("thread_sort_index", track, sort_index=track),
+        _meta("thread_name", track, {"name": f"choice {choice['index']}"}),
+        _meta("thread_sort_index", track, {"sort_index": track}),
     ]
     queued, scheduled = _time(choice, "queued_ms"), _time(choice, "first_scheduled_ms")
     first, ended = _time(choice, "first_token_ms"), _time(choice, "ended_ms")
@@ -62,15 +62,17 @@ def _choice(choice: Record, base_us: float, track: int) -> list[Event]:
     if scheduled is not None:
         until = ended if first is None else first
         made.append(_span("prefill", track, base_us, scheduled, until, {"prompt_tokens": choice["prompt_tokens"]}))
-        chunks = [chunk for chunk in cast("Sequence[Record]", choice["prefill"])]
+        chunks = list(cast("Sequence[Record]", choice["prefill"]))
         starts = [_time(chunk, "at_ms") or 0.0 for chunk in chunks]
         for chunk, start, end in zip(chunks, starts, [*starts[1:], until], strict=True):
-            if start < until:  # those behind are of a preemption, within decode
+            if start < until:
                 made.append(_span("chunk", track, base_us, start, min(end, until), _arguments(chunk)))
+            else:  # computed again after a preemption: how long it took shows in the gap between tokens
+                made.append(_instant("chunk again", track, base_us, start, _arguments(chunk)))
     if first is not None:
         made.append(_span("decode", track, base_us, first, ended, {name: choice[name] for name in _COUNTED}))
     for at_ms in cast("Sequence[float]", choice["preempted_ms"]):
-        made.append(_instant("preempted", track, base_us, at_ms))
+        made.append(_instant("preempted", track, base_us, at_ms, {}))
     return made
 
 
@@ -91,12 +93,12 @@ def _span(name: str, track: int, base_us: float, begin_ms: float, end_ms: float,
     }
 
 
-def _instant(name: str, track: int, base_us: float, at_ms: float) -> Event:
+def _instant(name: str, track: int, base_us: float, at_ms: float, arguments: Event) -> Event:
     ts = base_us + at_ms * 1e3
-    return {"name": name, "cat": CATEGORY, "ph": "i", "s": "t", "ts": ts, "pid": PID, "tid": track, "args": {}}
+    return {"name": name, "cat": CATEGORY, "ph": "i", "s": "t", "ts": ts, "pid": PID, "tid": track, "args": arguments}
 
 
-def _meta(name: str, track: int, **arguments: object) -> Event:
+def _meta(name: str, track: int, arguments: Event) -> Event:
     return {"name": name, "ph": "M", "ts": 0, "pid": PID, "tid": track, "args": arguments}
 
 
