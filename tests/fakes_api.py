@@ -109,10 +109,16 @@ def parse_events(text: str) -> list[Any]:
     for block in text.split("\n\n")[:-1]:
         if block.startswith(":"):
             continue
+        block = without_id(block)
         assert block.startswith("data: "), block
         data = block.removeprefix("data: ")
         events.append(data if data == "[DONE]" else json.loads(data))
     return events
+
+
+def without_id(block: str) -> str:
+    """An event less its id line."""
+    return block.partition("\n")[2] if block.startswith("id: ") else block
 
 
 def options(**changes: object) -> Options:

@@ -151,6 +151,20 @@ class Config:
     sse_ping_s: float = _option(
         15.0, "silence on a stream before a keep-alive comment", "server", low=0.1, high=3600, unit="seconds"
     )
+    resume_timeout_s: float = _option(
+        60.0,
+        "time for which a broken stream can be gone on with by Last-Event-ID; 0: never, and events have no ids",
+        "server",
+        low=0,
+        high=86400,
+        unit="seconds",
+    )
+    resume_streams: int = _option(
+        1024, "broken or ended streams kept for that", "server", low=0, high=1_000_000, unit="streams"
+    )
+    resume_bytes: int = _option(
+        64 * 2**20, "memory that these take together", "server", low=0, high=2**40, unit="bytes", parse=parse_bytes
+    )
     drain_timeout_s: float = _option(
         30.0, "time that streams in flight get after SIGTERM", "server", low=0, high=3600, unit="seconds"
     )

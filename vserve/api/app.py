@@ -20,6 +20,7 @@ from vserve.api.keepalive import KeepAlive
 from vserve.api.load import Usage
 from vserve.api.meter import SeriesMeter, engine_now
 from vserve.api.status import Lifecycle, Status
+from vserve.api.trail import Trails
 from vserve.bridge import Bridge
 from vserve.errors import ApiError, NotFound, RateLimited, Unavailable, shorten
 from vserve.http.exchange import Exchange
@@ -42,6 +43,7 @@ class Options:
     """What the operator chose.  Times in seconds.
 
     long_text_chars: texts longer than this are rendered and tokenised off the loop.
+    resume_s, resume_streams, resume_bytes: how long, and how many, broken streams can be gone on with.
     max_sequences: most choices of one request, over all its prompts.
     """
 
@@ -56,6 +58,9 @@ class Options:
     max_queued_tokens: int = 2**20
     max_sequences: int = 1024
     long_text_chars: int = 8192
+    resume_s: float = 60.0
+    resume_streams: int = 1024
+    resume_bytes: int = 64 * 2**20
 
 
 class Waiting(Protocol):
@@ -126,6 +131,7 @@ class App:
         self.keys = Keys(options.api_keys)
         self.keep_alive = KeepAlive(options.keep_alive_s)
         self.usage = Usage()
+        self.trails = Trails(options.resume_s, options.resume_streams, options.resume_bytes)
         self.metrics = Metrics()
         self.replies: set[Ending] = set()
         self._pool = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
@@ -170,6 +176,7 @@ class App:
         if self.life.can(Status.STOPPED):
             self.life.to(Status.STOPPED)
         self.keep_alive.close()
+        self.trails.close()
         self.metrics.timer.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
 

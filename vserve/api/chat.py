@@ -16,6 +16,7 @@ from vserve.api.generation import Order, Prompt, generate, reply_head
 from vserve.api.prompts import text_of
 from vserve.api.reply import CountsNow
 from vserve.api.requests import ChatRequest, Conversation, Wanted, parse_chat
+from vserve.api.resume import resume
 from vserve.api.shapes import Counts, Head, Piece, TokenText, chat_logprobs, frame
 from vserve.http.exchange import Exchange, Response
 from vserve.text.template import missing_template
@@ -35,12 +36,20 @@ class Chat:
         app = self._app
         served = app.served
         request = exchange.request
+        event_id = request.headers.get("last-event-id")
+        if event_id:
+            return await resume(app, served, exchange, event_id)
         fields = body.read(request.body, request.headers.get("content-type"))
         asked = parse_chat(fields, served.model.vocab_size, app.options.strict)
         wanted = asked.wanted
         head = reply_head(served, exchange, wanted, "chatcmpl-")
         text = TokenText(served.model.tokenizer, wanted.tokens_as_ids)
-        return await generate(app, served, exchange, await prepare(app, served, asked), ChatDialect(head, wanted, text))
+        order = await prepare(app, served, asked)
+
+        def dialect() -> ChatDialect:
+            return ChatDialect(head, wanted, text)
+
+        return await generate(app, served, exchange, order, dialect(), renew=dialect)
 
 
 async def prepare(app: App, served: Served, asked: ChatRequest) -> Order:

@@ -15,6 +15,7 @@ from vserve.api.choice import Choice
 from vserve.api.generation import Order, Prompt, generate, reply_head
 from vserve.api.reply import CountsNow
 from vserve.api.requests import CompletionRequest, Wanted, parse_completion
+from vserve.api.resume import resume
 from vserve.api.shapes import Counts, Head, Piece, TokenText, completion_logprobs, frame
 from vserve.http.exchange import Exchange, Response
 
@@ -32,6 +33,9 @@ class Completions:
         app = self._app
         served = app.served
         request = exchange.request
+        event_id = request.headers.get("last-event-id")
+        if event_id:
+            return await resume(app, served, exchange, event_id)
         fields = body.read(request.body, request.headers.get("content-type"))
         asked = parse_completion(fields, served.model.vocab_size, app.options.strict)
         wanted = asked.wanted
@@ -43,7 +47,11 @@ class Completions:
             continuation=True,
         )
         text = TokenText(served.model.tokenizer, wanted.tokens_as_ids)
-        return await generate(app, served, exchange, order, CompletionDialect(head, wanted, text))
+
+        def dialect() -> CompletionDialect:
+            return CompletionDialect(head, wanted, text)
+
+        return await generate(app, served, exchange, order, dialect(), renew=dialect)
 
 
 async def _prompts(app: App, served: Served, asked: CompletionRequest) -> list[Prompt]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from vserve.api.app import App, Served
@@ -16,6 +16,7 @@ from vserve.api.reply import Dialect, Headers, Reply, WholeReply
 from vserve.api.requests import Wanted
 from vserve.api.shapes import Head
 from vserve.api.stream import StreamReply
+from vserve.api.trail import Trail
 from vserve.engine.request import GenRequest
 from vserve.errors import BadRequest, DeadlineExceeded, shorten
 from vserve.http.exchange import Exchange, Response
@@ -103,15 +104,39 @@ def reply_head(served: Served, exchange: Exchange, wanted: Wanted, prefix: str) 
     )
 
 
-async def generate(app: App, served: Served, exchange: Exchange, order: Order, dialect: Dialect) -> Response | None:
-    """Generate all choices and answer the exchange.  Raises ApiError while nothing has been sent."""
-    wanted = order.wanted
+async def generate(
+    app: App,
+    served: Served,
+    exchange: Exchange,
+    order: Order,
+    dialect: Dialect,
+    renew: Callable[[], Dialect] | None = None,
+) -> Response | None:
+    """Generate all choices and answer the exchange.  Raises ApiError while nothing has been sent.
+
+    renew: makes the dialect as it was at the start, for a client that goes on with a broken stream (resume.py); None:
+    the events of such a stream have no ids and it cannot be gone on with.
+    """
+    wanted, bridge = order.wanted, served.model.bridge
     choices = _choices(app, served, exchange, order)
     if exchange.gone:
         return None
-    kind = StreamReply if wanted.stream else WholeReply
-    reply: Reply = kind(app, served.model.bridge, exchange, dialect, choices, ignored_header(wanted.ignored))
+    headers = ignored_header(wanted.ignored)
+    reply: Reply
+    if wanted.stream:
+        trail = _trail(app, exchange, renew, choices, headers) if renew is not None and app.trails.enabled else None
+        reply = StreamReply(app, bridge, exchange, dialect, choices, headers, trail)
+    else:
+        reply = WholeReply(app, bridge, exchange, dialect, choices, headers)
     return await reply.run()
+
+
+def _trail(
+    app: App, exchange: Exchange, renew: Callable[[], Dialect], choices: Sequence[Choice], headers: Headers
+) -> Trail:
+    request, route = exchange.request, exchange.route
+    endpoint = route.name if route is not None else ""
+    return Trail(endpoint, app.salt(exchange, None), hash(request.body), renew, choices, headers)
 
 
 def _choices(app: App, served: Served, exchange: Exchange, order: Order) -> list[Choice]:

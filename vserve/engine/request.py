@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, NewType
 
 RequestId = NewType("RequestId", int)
@@ -56,6 +56,9 @@ class GenRequest:
 
     prompt: token ids, non-empty, each in [0, vocabulary).  len(prompt) + max_tokens <= the context length.
     max_tokens >= 1; 0 <= min_tokens <= max_tokens: no id of stop_ids can be drawn before min_tokens tokens.
+    continued: tokens of the answer that were drawn before, fewer than max_tokens; the answer goes on behind them.
+    They are computed again, never emitted, and count as drawn in every respect: places of seeded draws, penalties,
+    min_tokens, max_tokens.  Whatever else the engine keeps about drawn tokens is rebuilt from them on admission.
     stop_ids: ids that end the sequence (the end-of-text ids are in it unless ignore_eos was asked for).
     cache_salt: blocks of the prefix cache are shared only among requests of the same salt.
     priority: lower is served earlier; equal ones by arrival.  arrival_s, deadline_s: time.monotonic() seconds.
@@ -71,6 +74,11 @@ class GenRequest:
     priority: int = 0
     arrival_s: float = 0.0
     deadline_s: float | None = None
+    continued: Sequence[int] = ()
+
+    def behind(self, drawn: Sequence[int], id: RequestId, arrival_s: float) -> GenRequest:
+        """This request again, to go on behind the tokens drawn so far."""
+        return replace(self, id=id, arrival_s=arrival_s, continued=drawn)
 
 
 @dataclass(frozen=True, slots=True)

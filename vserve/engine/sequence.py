@@ -85,8 +85,8 @@ class Sequence:
         self.seed = seed
         self.stop_ids = request.stop_ids
         self.deadline_s = request.deadline_s
-        self.tokens = list(request.prompt)
-        self.prompt_length = len(self.tokens)
+        self.prompt_length = len(request.prompt)
+        self.tokens = [*request.prompt, *request.continued]
         self.max_length = self.prompt_length + request.max_tokens
         self.state = State.WAITING
         self.finish: FinishReason | None = None
