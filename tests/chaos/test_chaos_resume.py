@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from tests.chaos.stack import COMPLETE, Stack, reset, running
+from vserve.api.access import Key, digest
+from vserve.api.quota import Goods, Quota, Span
 from vserve.errors import BadRequest
 
 PROMPT = [3, 1, 4, 1, 5]
@@ -157,7 +159,7 @@ def test_what_was_sent_and_lost_is_sent_again() -> None:
         body = {"prompt": PROMPT, "max_tokens": 40, "temperature": 0, "stream": True}
         with ask(stack, body) as peer:
             whole = hear(peer, Heard())
-        for seen in (1, 2, 17, len(whole.ids) - 1, len(whole.ids)):
+        for seen in sorted({1, 2, len(whole.ids) // 2, len(whole.ids) - 1, len(whole.ids)}):
             heard = Heard(ids=whole.ids[:seen])
             with ask(stack, body, whole.ids[seen - 1]) as peer:
                 hear(peer, heard)
@@ -247,3 +249,25 @@ def test_without_streams_to_keep_events_have_no_ids() -> None:
             peer = ask(stack, {"prompt": PROMPT, "max_tokens": 3, "stream": True})
             assert all(block.startswith("data: ") for block in blocks(peer))
             peer.close()
+
+
+def test_a_stream_that_goes_on_counts_each_token_once() -> None:
+    with running() as stack:
+        used: list[int] = []
+        stack.call(
+            lambda: stack.app.keys.name([Key("k", digest("secret"), quotas=(Quota(Goods.TOKENS, Span.DAY, 10_000),))])
+        )
+        count = stack.app.keys.use
+        stack.app.keys.use = lambda caller, tokens: (used.append(tokens), count(caller, tokens))[1]  # type: ignore[method-assign]
+        heard = Heard()
+        body = {"prompt": PROMPT, "max_tokens": 60, "temperature": 0, "stream": True}
+        with ask(stack, body, Authorization="Bearer secret") as peer:
+            hear(peer, heard, 2)
+        stack.settled()
+        while not heard.done:
+            with ask(stack, None, heard.ids[-1], Authorization="Bearer secret") as peer:
+                hear(peer, heard)
+            stack.settled()
+        # The tokens of a step that was under way when the client went were never its answer.
+        assert sum(used) == len(PROMPT) + 60
+        assert len(heard.texts[0]) == 60

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from vserve.api.access import Keys
+from vserve.api.access import Key, Keys
 from vserve.api.defaults import Defaults
 from vserve.api.keepalive import KeepAlive
 from vserve.api.load import Usage
@@ -253,6 +253,10 @@ class App:
     async def off_loop(self, work: Callable[[], T]) -> T:
         """Run work in the pool for long texts."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def caller(self, exchange: Exchange) -> Key | None:
+        """Whose key came with this request; None when no keys are configured."""
+        return self.keys.caller(exchange.request.headers.get("authorization"))
 
     def salt(self, exchange: Exchange, asked: str | None) -> bytes:
         """The prefix-cache salt of this request: the caller's own, then the one it asked for."""

@@ -128,6 +128,7 @@ async def generate(
         reply = StreamReply(app, bridge, exchange, dialect, choices, headers, trail)
     else:
         reply = WholeReply(app, bridge, exchange, dialect, choices, headers)
+    reply.caller = app.caller(exchange)
     return await reply.run()
 
 

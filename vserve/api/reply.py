@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from vserve.api.access import Key
 from vserve.api.app import App
 from vserve.api.choice import Choice
 from vserve.api.shapes import Counts, Piece, server_timing
@@ -64,6 +65,8 @@ class Reply:
         self._unfinished = len(choices)
         self._closed = False
         self._error: ApiError | None = None
+        self.caller: Key | None = None  # whose quotas the tokens count against
+        self._queued = False
         self._timer: asyncio.TimerHandle | None = None
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -144,6 +147,13 @@ class Reply:
         self._app.replies.discard(self)
         self.exchange.on_gone = None
         self.exchange.on_writable = None
+        if self.caller is not None and self._queued:
+            self._app.keys.use(self.caller, self.spent())
+
+    def spent(self) -> int:
+        """Tokens of prompts and answers that this reply has cost."""
+        counts = self.counts()
+        return counts.prompt + counts.completion
 
     def counts(self) -> Counts:
         """Tokens so far.  Each prompt counts once, and so does what its first choice found cached."""
@@ -165,6 +175,7 @@ class Reply:
             choice.attach(self)
             if choice.request is not None:
                 self._queue(choice, choice.request)
+        self._queued = True
         for choice in self._choices:
             if choice.request is None:
                 choice.finish = FinishReason.LENGTH

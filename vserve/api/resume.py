@@ -26,7 +26,9 @@ async def resume(app: App, served: Served, exchange: Exchange, event_id: str) ->
     trail, point = app.trails.find(event_id, endpoint, app.salt(exchange, None), exchange.request.body)
     if trail.reply is not None:
         trail.reply.hand_over()
-    return await ResumedReply(app, served.model.bridge, exchange, trail, point, event_id).run()
+    reply = ResumedReply(app, served.model.bridge, exchange, trail, point, event_id)
+    reply.caller = app.caller(exchange)
+    return await reply.run()
 
 
 class ResumedReply(StreamReply):
@@ -45,6 +47,7 @@ class ResumedReply(StreamReply):
         assert trail is not None
         if trail.error is None:
             self._queue_unfinished()  # first: a full queue must leave the stream as it was
+        self._queued = True
         self._enter()
         trail.branch(self._event)
         self._start()
@@ -64,6 +67,10 @@ class ResumedReply(StreamReply):
             self.close()
             self.report(trail.error)
         self._watch_deadline()
+
+    def spent(self) -> int:
+        """See Reply: the prompt and what had been drawn before were counted then."""
+        return self.counts().completion - sum(before.num_tokens for before in self._before)
 
     def _queue_unfinished(self) -> None:
         for choice, before in zip(self._choices, self._before, strict=True):
