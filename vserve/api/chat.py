@@ -12,7 +12,7 @@ import orjson
 from vserve.api import body
 from vserve.api.app import App, Served
 from vserve.api.choice import Choice
-from vserve.api.generation import Order, Prompt, generate, reply_head
+from vserve.api.generation import Order, Prompt, check_length, generate, reply_head
 from vserve.api.prompts import text_of
 from vserve.api.reply import CountsNow
 from vserve.api.requests import ChatRequest, Conversation, Wanted, parse_chat
@@ -54,7 +54,8 @@ class Chat:
 
 async def prepare(app: App, served: Served, asked: ChatRequest) -> Order:
     """What is to be generated for a conversation, whichever endpoint it came through.  Raises BadRequest."""
-    prompt = Prompt(await prompt_ids(app, served, asked.conversation), "messages", _lead(asked))
+    most = served.model.max_model_len if asked.wanted.truncate is None else None
+    prompt = Prompt(await prompt_ids(app, served, asked.conversation, most), "messages", _lead(asked))
     return Order(
         wanted=asked.wanted,
         prompts=(prompt,),
@@ -63,8 +64,11 @@ async def prepare(app: App, served: Served, asked: ChatRequest) -> Order:
     )
 
 
-async def prompt_ids(app: App, served: Served, conversation: Conversation) -> list[int]:
-    """The conversation as the model reads it.  Raises BadRequest when the template refuses it."""
+async def prompt_ids(app: App, served: Served, conversation: Conversation, most: int | None = None) -> list[int]:
+    """The conversation as the model reads it.
+
+    Raises BadRequest when the template refuses it, or before it is tokenised when it must have more than most tokens.
+    """
     template, tokenizer = served.model.template, served.model.tokenizer
     if template is None:
         raise missing_template()
@@ -78,6 +82,8 @@ async def prompt_ids(app: App, served: Served, conversation: Conversation) -> li
             continue_final_message=conversation.continue_final_message,
             extra=conversation.template_kwargs,
         )
+        if most is not None:
+            check_length(tokenizer, text, most, "messages")
         return tokenizer.encode(text, add_special=conversation.add_special)
 
     return render() if _is_short(conversation, app.options.long_text_chars) else await app.off_loop(render)

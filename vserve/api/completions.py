@@ -12,7 +12,7 @@ import orjson
 from vserve.api import body
 from vserve.api.app import App, Served
 from vserve.api.choice import Choice
-from vserve.api.generation import Order, Prompt, generate, reply_head
+from vserve.api.generation import Order, Prompt, check_length, generate, reply_head
 from vserve.api.reply import CountsNow
 from vserve.api.requests import CompletionRequest, Wanted, parse_completion
 from vserve.api.resume import resume
@@ -56,6 +56,11 @@ class Completions:
 
 async def _prompts(app: App, served: Served, asked: CompletionRequest) -> list[Prompt]:
     texts = [prompt for prompt in asked.prompts if isinstance(prompt, str)]
+    if asked.wanted.truncate is None:
+        for i, prompt in enumerate(asked.prompts):
+            if isinstance(prompt, str):
+                path = "prompt" if len(asked.prompts) == 1 else f"prompt[{i}]"
+                check_length(served.model.tokenizer, prompt, served.model.max_model_len, path)
     encoded = iter(await encode(app, served, texts, asked.add_special))
     prompts: list[Prompt] = []
     for i, prompt in enumerate(asked.prompts):

@@ -20,6 +20,7 @@ from vserve.api.trail import Trail
 from vserve.engine.request import GenRequest
 from vserve.errors import BadRequest, DeadlineExceeded, shorten
 from vserve.http.exchange import Exchange, Response
+from vserve.text.tokenizer import Tokenizer
 
 IGNORED_LIMIT = 16
 """Most names listed in x-ignored-params."""
@@ -183,7 +184,26 @@ def _choices(app: App, served: Served, exchange: Exchange, order: Order) -> list
                     deadline_s=deadline_s,
                 )
             choices.append(Choice(len(choices), i == 0, ids, request, reading, prompt.lead))
+    _check_queue(app, choices)
     return choices
+
+
+def _check_queue(app: App, choices: Sequence[Choice]) -> None:
+    """Raise BadRequest for choices that an empty queue could not take: 429 would send the client round for ever."""
+    options = app.options
+    prompts = [len(choice.prompt) for choice in choices if choice.request is not None]
+    if len(prompts) > options.max_queue:
+        raise BadRequest(
+            f"The request makes {len(prompts)} choices, more than the {options.max_queue} requests that may wait at "
+            "once (--max-queue).",
+            param="n",
+        )
+    if len(prompts) > 1 and sum(prompts) > options.max_queued_tokens:
+        raise BadRequest(
+            f"The request's {len(prompts)} choices bring {sum(prompts)} prompt tokens together, more than the "
+            f"{options.max_queued_tokens} that may wait at once (--max-queued-tokens).",
+            param="n",
+        )
 
 
 def _reading(served: Served, order: Order, eos_ids: frozenset[int]) -> Reading:
@@ -200,6 +220,16 @@ def _reading(served: Served, order: Order, eos_ids: frozenset[int]) -> Reading:
         keep_logprobs=wanted.logprobs is not None,
         count_chunks=wanted.stream_options.continuous_usage_stats,
     )
+
+
+def check_length(tokenizer: Tokenizer, text: str, most: int, path: str) -> None:
+    """Raise BadRequest, in a moment, for a text that cannot but have more than most tokens.  Any thread."""
+    least = tokenizer.least_tokens(text)
+    if least > most:
+        raise BadRequest(
+            f"`{path}` has {len(text)} characters, which are at least {least} tokens; the context has {most}.",
+            param=path,
+        )
 
 
 def fit(prompt: Prompt, order: Order, context: int) -> tuple[Sequence[int], int]:
