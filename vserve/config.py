@@ -145,6 +145,23 @@ class Config:
     body_limit_bytes: int = _option(
         32 * 2**20, "largest request body", "server", low=1024, high=2**31, unit="bytes", parse=parse_bytes
     )
+    max_bytes_in_flight: int = _option(
+        512 * 2**20,
+        "bytes of bodies and of replies that wait for slow clients, all together; above 90 % of it new work gets 503",
+        "server",
+        low=2**20,
+        high=2**40,
+        unit="bytes",
+        parse=parse_bytes,
+    )
+    max_pipelined: int = _option(
+        256,
+        "requests that may wait behind another one on its connection; with more it ends after the reply in hand",
+        "server",
+        low=1,
+        high=65536,
+        unit="requests",
+    )
     request_timeout_s: float | None = _option(
         None, "deadline of a request that names none", "server", low=0.001, high=86400, unit="seconds"
     )

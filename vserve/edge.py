@@ -66,6 +66,8 @@ def limits(config: Config) -> Limits:
     """The bounds of the wire half."""
     return Limits(
         body_bytes=config.body_limit_bytes,
+        in_flight_bytes=config.max_bytes_in_flight,
+        pipelined_requests=config.max_pipelined,
         connections=config.max_connections,
         # All clients of a Unix socket have one address.
         connections_per_address=config.max_connections_per_address if config.uds is None else None,

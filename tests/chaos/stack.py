@@ -267,7 +267,7 @@ class Stack:
             "keep-alives": len(self.app.keep_alive),
             "active": self.server.active,
             "connections": self.server.connections,
-            "bodies": self.server.site.bodies_bytes,
+            "bytes in flight": self.server.site.in_flight_bytes,
             "tasks": tasks,
         }
         if self.thread.is_alive():  # a dead engine's pages end with the process

@@ -40,6 +40,8 @@ class Connection(asyncio.Protocol):
     """The protocol of one transport; also the Channel of its current exchange."""
 
     __slots__ = (
+        "_ahead",
+        "_behind_bytes",
         "_body",
         "_body_until_s",
         "_dropped_bytes",
@@ -73,6 +75,8 @@ class Connection(asyncio.Protocol):
         self._state = State.IDLE
         self._exchange: Exchange | None = None
         self._task: asyncio.Future[Response | None] | None = None
+        self._ahead = 0  # requests that wait behind the one in hand, at most: ends of heads in what was read
+        self._behind_bytes = 0  # counted in site.behind_bytes
         self._body = bytearray()
         self._body_until_s = math.inf
         self._dropped_bytes = 0
@@ -121,6 +125,8 @@ class Connection(asyncio.Protocol):
         if state >= State.CLOSING:
             self._drop(len(data))
             return
+        if state is not State.BODY:
+            self._ahead += data.count(b"\r\n\r\n")
         parser.feed(data)
         if state < State.HANDLING and self._turn is None:
             if state is State.BODY:
@@ -148,9 +154,11 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._outbox.pause(self._site.clock())
+        self._fall_behind(self._transport.get_write_buffer_size())
 
     def resume_writing(self) -> None:
         self._outbox.resume()
+        self._fall_behind(-self._behind_bytes)
         exchange = self._exchange
         if exchange is not None and exchange.on_writable is not None:
             self._call(exchange.on_writable)
@@ -161,6 +169,7 @@ class Connection(asyncio.Protocol):
         if self._state is State.CLOSED:
             return
         self._move(Cause.LOST)
+        self._fall_behind(-self._behind_bytes)
         self.deadline_s = math.inf
         if self._turn is not None:
             self._turn.cancel()
@@ -235,6 +244,8 @@ class Connection(asyncio.Protocol):
         site = self._site
         exchange = self._exchange = Exchange(self, head, site.request_id(head), site.clock())
         site.active += 1
+        if self._ahead:
+            self._ahead -= 1
         fresh, self._fresh = self._fresh, None
         try:
             answer = self._admit(exchange)
@@ -267,6 +278,9 @@ class Connection(asyncio.Protocol):
             raise self._refusal
         gate = site.hooks.gate
         refusal = gate(head, route) if gate is not None else None
+        if refusal is None and not route.vital:
+            length = head.content_length or 0
+            refusal = site.crowded(length if route.body and length <= site.limits.body_bytes else 0)
         if refusal is not None:
             raise refusal
         return None
@@ -291,8 +305,8 @@ class Connection(asyncio.Protocol):
             return
         self._held_bytes += len(data)
         site.bodies_bytes += len(data)
-        if site.bodies_bytes > site.limits.bodies_bytes:
-            raise Unavailable("The server holds too many request bodies.", retry_after_s=1, close=True)
+        if site.in_flight_bytes > site.limits.in_flight_bytes:
+            raise Unavailable("The server holds too many bytes of requests.", retry_after_s=1, close=True)
         # One growing buffer, not a list: content that comes byte by byte must not cost an object each.
         self._body += data
 
@@ -410,7 +424,12 @@ class Connection(asyncio.Protocol):
         if not data or exchange.head.method == "HEAD":  # RFC 9110 9.3.2
             return
         exchange.body_bytes_sent += len(data)
-        if self._outbox.put_stream(data):
+        outbox = self._outbox
+        taken = outbox.put_stream(data)
+        if not outbox.writable:
+            self._fall_behind(len(data))
+            taken = taken and self._site.in_flight_bytes <= self._site.limits.in_flight_bytes
+        if taken:
             self._flush_soon()
         else:
             self._transport.abort()
@@ -429,8 +448,11 @@ class Connection(asyncio.Protocol):
         self.drop()
 
     def _may_keep(self, head: RequestHead, headers: Fields) -> bool:
-        if not head.keep_alive or self._site.draining or self._refusal is not None:
+        site = self._site
+        if not head.keep_alive or site.draining or self._refusal is not None:
             return False
+        if self._ahead > site.limits.pipelined_requests:
+            return False  # 9.3.2: a client has to cope with answers that do not come, and ask again
         if not headers:
             return True
         return not any(name.lower() == "connection" and value.lower() == "close" for name, value in headers)
@@ -457,6 +479,8 @@ class Connection(asyncio.Protocol):
         exchange.detach()
         self._settle(exchange)
         if keep:
+            if not self._parser.buffered:
+                self._ahead = 0
             self._move(Cause.ANSWERED)
             self.deadline_s = site.clock() + site.limits.keep_alive_s
         else:
@@ -528,9 +552,29 @@ class Connection(asyncio.Protocol):
             return
         self._reading = reading
         if reading:
+            self._site.deaf.discard(self)
             self._transport.resume_reading()
         else:
+            self._site.deaf.add(self)
             self._transport.pause_reading()
+
+    @property
+    def descriptor(self) -> int | None:
+        """The socket's, None when there is none (any more)."""
+        sock = self._transport.get_extra_info("socket")
+        number = sock.fileno() if sock is not None else -1
+        return number if number >= 0 else None
+
+    def hung_up(self, broken: bool) -> None:
+        """The peer has ended its half while nothing is read from it; broken: both halves."""
+        if broken:
+            self.drop()
+        elif self._exchange is not None and not self.eof_received():
+            self._transport.close()
+
+    def _fall_behind(self, num_bytes: int) -> None:
+        self._behind_bytes += num_bytes
+        self._site.behind_bytes += num_bytes
 
     def expire(self, now_s: float) -> None:
         """The deadline of the present state has passed."""
