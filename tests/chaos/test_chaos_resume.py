@@ -180,9 +180,8 @@ def test_a_broken_stream_holds_nothing_and_counts_as_an_abort_until_it_goes_on()
         with ask(stack, None, heard.ids[-1]) as peer:
             hear(peer, heard)
         assert len(heard.texts[0]) == 200
-        # Drawn tokens are not drawn again, but for those of a step that was under way when the client went.
-        assert 200 <= stack.scheduler.stats().generated_tokens_total <= 200 + 2
-        assert generated < 200
+        # Drawn tokens are not drawn again, but for those that had not reached the reply when the client went.
+        assert 200 <= stack.scheduler.stats().generated_tokens_total <= 200 + generated - 3
 
 
 def test_a_stream_that_ended_with_an_error_ends_with_it_again() -> None:
