@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.stack import COMPLETE, Stack, reset, running
+from tests.chaos.stack import COMPLETE, Hang, Stack, reset, running
 from vserve.api.access import Key, digest
 from vserve.api.quota import Goods, Quota, Span
 from vserve.errors import BadRequest
@@ -167,12 +167,31 @@ def test_what_was_sent_and_lost_is_sent_again() -> None:
             assert heard.done == (seen < len(whole.ids))
 
 
+class Pause:
+    """A fault that holds the engine from its nth publication on until it is let go."""
+
+    def __init__(self, stack: Stack, nth: int) -> None:
+        self._left = nth
+        self._hang = Hang()
+        stack.faults.armed["publish"] = self
+
+    def __call__(self) -> None:
+        self._left -= 1
+        if self._left <= 0:
+            self._hang()
+
+    def end(self) -> None:
+        self._hang.over.set()
+
+
 def test_a_broken_stream_holds_nothing_and_counts_as_an_abort_until_it_goes_on() -> None:
     with running() as stack:
         body = {"prompt": PROMPT, "max_tokens": 200, "temperature": 0, "stream": True}
-        heard = Heard()
+        heard, pause = Heard(), Pause(stack, 6)
         with ask(stack, body) as peer:
-            hear(peer, heard, 3)
+            hear(peer, heard, 1)
+        stack.until(lambda: not stack.app.replies)
+        pause.end()
         stack.settled()  # no page, no sequence, no reply
         assert stack.call(lambda: stack.app.trails.parked) == 1
         assert stack.scheduler.stats().aborted_total == 1
@@ -181,18 +200,19 @@ def test_a_broken_stream_holds_nothing_and_counts_as_an_abort_until_it_goes_on()
             hear(peer, heard)
         assert len(heard.texts[0]) == 200
         # Drawn tokens are not drawn again, but for those that had not reached the reply when the client went.
-        assert 200 <= stack.scheduler.stats().generated_tokens_total <= 200 + generated - 3
+        assert 200 <= stack.scheduler.stats().generated_tokens_total <= 200 + generated - 1
 
 
 def test_a_stream_that_ended_with_an_error_ends_with_it_again() -> None:
     with running() as stack:
         body = {"prompt": PROMPT, "max_tokens": 30, "temperature": 0, "stream": True, "timeout_ms": 86_000_000}
-        heard = Heard()
+        heard, pause = Heard(), Pause(stack, 6)
         with ask(stack, body) as peer:
-            hear(peer, heard, 2)
+            hear(peer, heard, 1)
             reply = stack.call(lambda: next(iter(stack.app.replies)))
             stack.call(lambda: reply.fail(BadRequest("broken on purpose")))
             hear_rest = Heard(ids=list(heard.ids))
+        pause.end()
         with ask(stack, None, heard.ids[-1]) as peer:
             hear(peer, hear_rest)
         assert hear_rest.error is not None
@@ -224,12 +244,13 @@ def test_a_full_queue_leaves_the_stream_as_it_was() -> None:
         body = {"prompt": PROMPT, "max_tokens": 20, "temperature": 0, "stream": True}
         with ask(stack, body) as peer:
             whole = hear(peer, Heard())
-        heard = Heard()
+        heard, pause = Heard(), Pause(stack, 6)
         with ask(stack, body) as peer:
-            hear(peer, heard, 2)
+            hear(peer, heard, 1)
+        stack.until(lambda: not stack.app.replies)
+        pause.end()
         stack.settled()
-        if heard.done:
-            return
+        pause = Pause(stack, 3)
         held = ask(stack, {**body, "max_tokens": 200})
         next(blocks(held))
         queued = ask(stack, {**body, "prompt": [8], "max_tokens": 200})
@@ -237,6 +258,7 @@ def test_a_full_queue_leaves_the_stream_as_it_was() -> None:
         assert refusal(ask(stack, None, heard.ids[-1]))[0] == 429
         held.close()
         queued.close()
+        pause.end()
         stack.settled()
         with ask(stack, None, heard.ids[-1]) as peer:
             assert hear(peer, heard).answer == whole.answer
