@@ -86,17 +86,23 @@ class KnownHead:
     route: Route
 
 
-class Peer(Protocol):
-    """What the site does with a connection."""
+class Carrier(Protocol):
+    """What the site does with the transport of a connection."""
 
-    address: str
-    deadline_s: float
     dirty: bool
 
     @property
     def descriptor(self) -> int | None: ...
     def hung_up(self, broken: bool) -> None: ...
     def flush(self) -> None: ...
+
+
+class Peer(Carrier, Protocol):
+    """What the site does with a connection."""
+
+    address: str
+    deadline_s: float
+
     def expire(self, now_s: float) -> None: ...
     def drain(self) -> None: ...
     def retire(self) -> None: ...
@@ -119,11 +125,11 @@ class Site:
         self.active = 0  # exchanges whose reply has not ended
         self.bodies_bytes = 0  # content held for them
         self.behind_bytes = 0  # what waits for clients that read too slowly
-        self.deaf: set[Peer] = set()  # connections from which nothing is read: the end of their peers is looked for
+        self.deaf: set[Carrier] = set()  # connections from which nothing is read: the end of their peers is looked for
         self.draining = False
         self.known: dict[bytes, KnownHead] = {}
         self._per_address: dict[str, int] = {}
-        self._dirty: list[Peer] = []
+        self._dirty: list[Carrier] = []
         self._tasks: set[asyncio.Future[Response | None]] = set()
         self._sweeper: asyncio.TimerHandle | None = None
         self._id_prefix = f"req-{secrets.token_hex(6)}-"
@@ -241,7 +247,7 @@ class Site:
 
     # The flush pass and the sweep
 
-    def flush_later(self, peer: Peer) -> None:
+    def flush_later(self, peer: Carrier) -> None:
         """Flush the connection at the end of this pass of the loop; one callback serves them all."""
         if not peer.dirty:
             peer.dirty = True
