@@ -232,6 +232,24 @@ class Config:
         high=1_000_000,
         unit="connections",
     )
+    max_request_line_bytes: int = _option(
+        8 * 2**10, "longest request line before 414", "access", low=64, high=2**20, unit="bytes", parse=parse_bytes
+    )
+    max_header_bytes: int = _option(
+        64 * 2**10,
+        "header fields of one request before 431",
+        "access",
+        low=256,
+        high=2**24,
+        unit="bytes",
+        parse=parse_bytes,
+    )
+    max_header_fields: int = _option(
+        256, "number of header fields of one request before 431", "access", low=1, high=65536, unit="fields"
+    )
+    tls_handshake_timeout_s: float = _option(
+        10.0, "whole time of a TLS handshake", "access", low=0.1, high=3600, unit="seconds"
+    )
     header_timeout_s: float = _option(
         10.0, "whole time of a request's head before 408", "access", low=0.1, high=86400, unit="seconds"
     )
