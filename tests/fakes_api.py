@@ -136,7 +136,8 @@ def standing(
     generation_config: Mapping[str, object] | None = None,
     limits: Limits | None = None,
     engine: Mapping[str, object] | None = None,
-    template: bool = True,
+    template: bool | str = True,
+    context: int = CONTEXT,
     send_buffer: int | None = None,
     reply_headers: ReplyHeaders | None = None,
     encoder: Callable[[asyncio.AbstractEventLoop], EncoderModel] | None = None,
@@ -174,11 +175,11 @@ def standing(
         model = Model(
             names=(NAME, "short"),
             tokenizer=LETTERS,
-            template=ChatTemplate(TEMPLATE) if template else None,
+            template=ChatTemplate(TEMPLATE if template is True else template) if template else None,
             bridge=bridge,
             waiting=inbox,
             heartbeat=fake.heartbeat,
-            max_model_len=CONTEXT,
+            max_model_len=context,
             vocab_size=LETTERS.vocab_size,
             generation_config=generation_config or {},
         )

@@ -22,7 +22,7 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "settings": (frozenset({"config", "errors", "familiar"}), frozenset()),
     "client": (frozenset({"errors"}), frozenset()),
     "http": (frozenset({"errors"}), frozenset()),
-    "text": (frozenset({"errors"}), frozenset({"tokenizers", "jinja2", "markupsafe"})),
+    "text": (frozenset({"errors"}), frozenset({"tokenizers", "jinja2", "markupsafe", "llguidance"})),
     "kernels": (frozenset(), frozenset({"torch", "triton"})),
     "model": (frozenset({"kernels", "errors"}), frozenset({"torch", "safetensors", "numpy", "huggingface_hub"})),
     "engine.policy": (frozenset({"errors"}), frozenset()),

@@ -102,6 +102,22 @@ class Config:
     )
     seed: int = _option(0, "seed of dummy weights", "model", low=0, high=2**63 - 1)
 
+    tool_call_parser: str = _option(
+        "auto",
+        "how the model writes calls of tools; auto: as its chat template shows; none: calls are left in the text",
+        "model",
+        choices=("auto", "hermes", "llama3_json", "mistral", "none"),
+    )
+    enable_auto_tool_choice: bool = _option(
+        False, "has no effect: the model may always choose to call; for launch lines of other servers", "model"
+    )
+    reasoning_parser: str = _option(
+        "auto",
+        "how the model's reasoning is told from its answer; auto: as its chat template shows; none: not at all",
+        "model",
+        choices=("auto", "deepseek_r1", "qwen3", "none"),
+    )
+
     device: str = _option("auto", "where the model runs", "engine", choices=("auto", "cpu", "cuda"))
     block_size: int = _option(16, "tokens in one block of the KV cache", "engine", choices=(8, 16, 32), unit="tokens")
     kv_cache_memory_bytes: int | None = _option(

@@ -118,6 +118,8 @@ class _Service:
                 resume_s=config.resume_timeout_s,
                 resume_streams=config.resume_streams,
                 resume_bytes=config.resume_bytes,
+                tool_call_parser=config.tool_call_parser,
+                reasoning_parser=config.reasoning_parser,
             )
         )
         edge = Edge(config, self._app.keys)
@@ -223,6 +225,7 @@ class _Service:
             max_model_len=engine.plan.max_model_len,
             vocab_size=source.config.vocab_size,
             generation_config=source.generation_config,
+            grammars=engine.grammars,
             heartbeat=engine.heartbeat,
         )
 

@@ -118,6 +118,7 @@ BODIES: list[dict[str, Any]] = [
     {"temperature": 0, "logprobs": 2},
     {"temperature": 0.9, "seed": 5, "stop": ["q", "Cd"], "min_tokens": 9, "n": 2},
     {"temperature": 0.9, "seed": 5, "stop_token_ids": [30, 31, 32, 33], "min_tokens": 6},
+    {"temperature": 0.9, "seed": 5, "bad_words": ["q", "ab"], "allowed_token_ids": [*range(30)]},
     {"temperature": 0, "max_tokens": 1},
     {"temperature": 0, "max_tokens": 0, "echo": True},
 ]

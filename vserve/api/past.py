@@ -20,12 +20,13 @@ _COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
 class Past:
     """What was pushed to a choice."""
 
-    __slots__ = ("_end", "_scores", "ids")
+    __slots__ = ("_end", "_prompt_scores", "_scores", "ids")
 
     def __init__(self) -> None:
         self.ids = array("I")
         self._scores: deque[TokenLogprobs] = deque(maxlen=SCORES_KEPT)
         self._end: Emit | None = None
+        self._prompt_scores: tuple[TokenLogprobs, ...] | None = None
 
     @property
     def complete(self) -> bool:
@@ -36,13 +37,16 @@ class Past:
     def num_bytes(self) -> int:
         """Roughly the memory that this takes."""
         scores = self._scores
-        return 4 * len(self.ids) + (len(scores) * (160 + 128 * len(scores[-1].top)) if scores else 0)
+        kept = (*scores, *(self._prompt_scores or ()))
+        return 4 * len(self.ids) + (len(kept) * (160 + 128 * len(kept[-1].top)) if kept else 0)
 
     def take(self, emit: Emit) -> None:
         """Keep what was emitted."""
         self.ids.extend(emit.ids)
         if emit.logprobs is not None:
             self._scores.extend(emit.logprobs)
+        if emit.prompt_logprobs is not None:
+            self._prompt_scores = emit.prompt_logprobs
         if emit.finish in _COMPLETE:
             self._end = emit
 
@@ -59,6 +63,5 @@ class Past:
         ids, scores, end = tuple(self.ids[place:]), None, self._end
         if self._scores and len(self._scores) >= len(ids):
             scores = tuple(self._scores)[len(self._scores) - len(ids) :]
-        if end is None:
-            return Emit(RequestId(0), ids, logprobs=scores)
-        return Emit(RequestId(0), ids, end.finish, end.stop_id, scores, timing=end.timing)
+        emit = Emit(RequestId(0), ids, logprobs=scores, prompt_logprobs=None if place else self._prompt_scores)
+        return emit if end is None else emit._replace(finish=end.finish, stop_id=end.stop_id, timing=end.timing)

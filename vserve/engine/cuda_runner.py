@@ -10,7 +10,9 @@ idle moment (``idle``) or was missed often.  G only: all work is on a stream of 
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Final
 
 import numpy as np
@@ -21,7 +23,7 @@ from torch import Tensor
 from vserve.engine.packing import Packed, Packer, Words, fits
 from vserve.engine.sequence import Plan, Results
 from vserve.engine.shapes import ENTRY_WORDS, UPDATE_WORDS, Buckets, Layout, Shape
-from vserve.engine.special import CANNOT_DRAW, Answers, SpecialDraws
+from vserve.engine.special import CANNOT_DRAW, Answers, SpecialDraws, answers_for
 from vserve.kernels import rows as row_kernels
 from vserve.kernels import sampling
 from vserve.kernels.cuda import StepPlan
@@ -68,6 +70,7 @@ class CudaPending:
     slot: _Slot
     packed: Packed
     answers: Answers | None
+    scores: Answers | None = None
 
     def wait(self) -> Results:
         """What the step drew.  Blocks until the device has come so far."""
@@ -81,7 +84,13 @@ class CudaPending:
                 if token < 0:
                     errors.setdefault(place, CANNOT_DRAW if place in changed else INVALID)
         logprobs = {} if self.answers is None else self.answers.read()
-        return Results(ids, {place: one for place, one in logprobs.items() if place not in errors}, errors)
+        scores = [] if self.scores is None else list(self.scores.read().values())
+        return Results(
+            ids,
+            {place: one for place, one in logprobs.items() if place not in errors},
+            errors,
+            [one if math.isfinite(one.logprob) else None for one in scores],
+        )
 
 
 class _Step:
@@ -172,7 +181,10 @@ class CudaRunner:
         if packed.overflow is not None:
             self._enter(packed.overflow)
         step.words.copy_(slot.words_tensor[: step.layout.words], non_blocking=True)
-        if step.graph is not None:
+        scores = None
+        if plan.scorings:
+            scores = self._run_and_score(step, plan)
+        elif step.graph is not None:
             step.graph.replay()
         else:
             self._run(step)
@@ -183,7 +195,7 @@ class CudaRunner:
             slot.ids_tensor[: packed.draws].copy_(self._drawn[: packed.draws], non_blocking=True)
         if slot.event is not None:
             slot.event.record()
-        return CudaPending(slot, packed, answers)
+        return CudaPending(slot, packed, answers, scores)
 
     def _choose(self, plan: Plan) -> _Step:
         """The step's own shape, or a larger one that has its graph already."""
@@ -217,8 +229,29 @@ class CudaRunner:
         on_device = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
         row_kernels.enter(self._rows, on_device, self._words[:0].view(0, ENTRY_WORDS))
 
-    def _run(self, step: _Step) -> None:
-        """Queue every kernel of the step, from its words to its logits [S, V] float32 and drawn ids."""
+    def _run_and_score(self, step: _Step, plan: Plan) -> Answers:
+        """Queue the step kernel by kernel, with the log-probabilities of the prompt tokens that plan wants scored."""
+        firsts = list(accumulate((work.num_tokens for work in plan.works), initial=0))
+        rows: list[int] = []
+        ids: list[int] = []
+        tops: list[int | None] = []
+        for number, places in plan.scorings:
+            sequence, start = plan.works[number].sequence, plan.works[number].start
+            rows += [firsts[number] + place - 1 - start for place in places]
+            ids += [sequence.tokens[place] for place in places]
+            tops += [sequence.request.prompt_logprobs or 0] * len(places)
+        packed = torch.tensor([rows, ids], dtype=torch.int64)
+        if self._words.device.type != "cpu":
+            packed = packed.pin_memory().to(self._words.device, non_blocking=True)
+        raw = self._run(step, packed[0].to(torch.int32))
+        assert raw is not None
+        return answers_for(list(range(len(rows))), tops, raw.to(torch.float32), packed[1])
+
+    def _run(self, step: _Step, scored: Tensor | None = None) -> Tensor | None:
+        """Queue every kernel of the step, from its words to its logits [S, V] float32 and drawn ids.
+
+        scored [P] int32: further tokens of the step, never one of decodes alone; returns their logits [P, V] then.
+        """
         fields, inputs, shape = step.fields, step.inputs, step.shape
         cos, sin = self._decoder.rotation
         size = self._cache.block_size
@@ -247,11 +280,19 @@ class CudaRunner:
             starts, logit_rows, draw_rows = fields["starts"], fields["draw_tokens"], fields["draw_rows"]
         plan = StepPlan(inputs.cos, inputs.sin, inputs.slots, starts, inputs.context_lens, inputs.tables, shape.decodes)
         # One buffer for all: a graph that kept its own would hold on to hundreds of megabytes.
-        step.logits.copy_(self._decoder.compute(inputs.ids, plan, self._cache.pairs, logit_rows))
+        further = None
+        if scored is None or logit_rows is None:
+            step.logits.copy_(self._decoder.compute(inputs.ids, plan, self._cache.pairs, logit_rows))
+        else:
+            every = torch.cat((logit_rows, scored))
+            logits = self._decoder.compute(inputs.ids, plan, self._cache.pairs, every)
+            further = logits[shape.sequences :]
+            step.logits.copy_(logits[: shape.sequences])
         ids = sampling.sample(
             step.logits, inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p, inputs.seeds, inputs.counters
         )
         row_kernels.keep(self._rows, draw_rows, ids, self._drawn[: shape.sequences])
+        return further
 
     # ---- graphs -----------------------------------------------------------------------------------------------
 
