@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from vserve.api.app import App, Served
 from vserve.api.choice import Choice, Reading, Splitting
-from vserve.api.reply import Dialect, Headers, Reply, WholeReply
+from vserve.api.reply import OPENAI, Dialect, Framing, Headers, Reply, WholeReply
 from vserve.api.requests import Wanted
 from vserve.api.shapes import Head
 from vserve.api.stream import StreamReply
@@ -118,6 +118,7 @@ async def generate(
     exchange: Exchange,
     order: Order,
     dialect: Dialect,
+    framing: Framing = OPENAI,
     renew: Callable[[], Dialect] | None = None,
 ) -> Response | None:
     """Generate all choices and answer the exchange.  Raises ApiError while nothing has been sent.
@@ -135,7 +136,7 @@ async def generate(
     reply: Reply
     if wanted.stream:
         trail = _trail(app, exchange, renew, choices, headers) if renew is not None and app.trails.enabled else None
-        reply = StreamReply(app, bridge, exchange, dialect, choices, headers, trail)
+        reply = StreamReply(app, bridge, exchange, dialect, choices, headers, framing, trail)
     else:
         reply = WholeReply(app, bridge, exchange, dialect, choices, headers)
     reply.caller = app.caller(exchange)

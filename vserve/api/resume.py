@@ -40,7 +40,7 @@ class ResumedReply(StreamReply):
         self._point = point
         self._event = int(event_id.rpartition(".")[2])
         choices = [choice.again(bridge.next_id(), now_s) for choice in trail.choices]
-        super().__init__(app, bridge, exchange, trail.renew(), choices, trail.headers, trail)
+        super().__init__(app, bridge, exchange, trail.renew(), choices, trail.headers, trail=trail)
 
     def _submit(self) -> None:
         trail, point = self._trail, self._point

@@ -14,7 +14,7 @@ import orjson
 
 from vserve.api.app import App
 from vserve.api.choice import Choice
-from vserve.api.reply import Dialect, Headers, Reply
+from vserve.api.reply import OPENAI, Dialect, Framing, Headers, Reply
 from vserve.api.trail import ENDING, FINISHED, OPENING, Trail
 from vserve.bridge import Bridge
 from vserve.engine.request import FinishReason
@@ -49,10 +49,12 @@ class StreamReply(Reply):
         dialect: Dialect,
         choices: Sequence[Choice],
         headers: Headers,
+        framing: Framing = OPENAI,
         trail: Trail | None = None,
     ) -> None:
         """trail: where events get their ids, None: they have none."""
         super().__init__(app, bridge, exchange, dialect, choices, headers)
+        self._framing = framing
         self._trail = trail
         self._flow = Flow.WAITING
         self._spoke = True
@@ -87,7 +89,7 @@ class StreamReply(Reply):
         self.more(choice)
 
     def end(self) -> None:
-        self._say(ENDING, self._dialect.ending(self.counts) + sse.DONE)
+        self._say(ENDING, self._dialect.ending(self.counts) + self._framing.done)
         self.close()
         self._leave()
 
@@ -103,7 +105,7 @@ class StreamReply(Reply):
             return
         if self._trail is not None:
             self._trail.error = error
-        self._say(ENDING, sse.frame(orjson.dumps(error.body())) + sse.DONE)
+        self._say(ENDING, self._framing.failure(error, self.exchange.id) + self._framing.done)
         self._leave()
 
     def close(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
@@ -126,7 +128,7 @@ class StreamReply(Reply):
             self._spoke = False
         elif self.exchange.writable:  # a full buffer is not silence
             self._start()
-            self.exchange.write(sse.COMMENT)
+            self.exchange.write(self._framing.quiet)
 
     def _start(self) -> None:
         if self._flow is Flow.WAITING:
