@@ -116,6 +116,9 @@ class _Service:
                 stall_timeout_s=config.stall_timeout_s,
                 max_queue=config.max_queue,
                 max_queued_tokens=config.max_queued_tokens,
+                resume_s=config.resume_timeout_s,
+                resume_streams=config.resume_streams,
+                resume_bytes=config.resume_bytes,
                 tool_call_parser=config.tool_call_parser,
                 reasoning_parser=config.reasoning_parser,
             )

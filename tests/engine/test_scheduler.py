@@ -486,3 +486,31 @@ def test_a_backlog_widens_the_chunks_beside_decodes_up_to_their_limit(waiting: i
     assert plan is not None
     assert plan.num_decodes == 1
     assert sum(prompt_tokens(plan)) == taken
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("drawn", [0, 1, 5, 11])
+def test_a_continued_answer_goes_on_as_if_it_had_never_stopped(drawn: int, depth: int) -> None:
+    engine = Engine(limits(num_blocks=9, max_model_len=40), depth)
+    whole = [request(i, [i, 2, 3], 12, stop_ids=frozenset({5}), min_tokens=6) for i in range(3)]  # they preempt
+    texts = [solo(one) for one in whole]
+    for one, text in zip(whole, texts, strict=True):
+        before = text[:drawn] if len(text) > drawn else []
+        again = one.behind(before, one.id, 0.0)
+        engine.requests[one.id] = again
+        engine.texts[one.id] = list(before)
+        assert engine.scheduler.add(again, 0.0) is None
+    engine.run()
+    assert [engine.texts[one.id] for one in whole] == texts
+    assert all(engine.ends[one.id].cached_tokens <= len(one.prompt) for one in whole)
+    assert engine.scheduler.pool.held == 0
+
+
+def test_a_continued_answer_with_nothing_left_to_draw_or_an_unknown_token_is_refused() -> None:
+    scheduler = Scheduler(limits(vocab_size=VOCAB))
+    for drawn, said in (([1, 2, 3, 4], "none is left"), ([VOCAB], "outside the vocabulary")):
+        emit = scheduler.add(request(1, [1], 4).behind(drawn, RequestId(2), 0.0), 0.0)
+        assert emit is not None
+        assert emit.finish is FinishReason.ERROR
+        assert said in (emit.error or "")
+    assert scheduler.live == 0

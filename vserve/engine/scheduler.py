@@ -199,8 +199,14 @@ class Scheduler:
                 f"The prompt has {len(prompt)} tokens and max_tokens is {request.max_tokens}; "
                 f"together they may be at most {most}."
             )
-        if limits.vocab_size is not None and not 0 <= min(prompt) <= max(prompt) < limits.vocab_size:
-            return f"The prompt has a token id outside the vocabulary of {limits.vocab_size}."
+        drawn = request.continued
+        if drawn and len(drawn) >= request.max_tokens:
+            return (
+                f"{len(drawn)} tokens are drawn already and max_tokens is {request.max_tokens}: none is left to draw."
+            )
+        for ids in (prompt, drawn):
+            if limits.vocab_size is not None and ids and not 0 <= min(ids) <= max(ids) < limits.vocab_size:
+                return f"The prompt has a token id outside the vocabulary of {limits.vocab_size}."
         return None
 
     def cancel(self, request_id: RequestId, reason: FinishReason, now_s: float) -> Emit | None:
@@ -376,9 +382,10 @@ class Scheduler:
     def _note_admission(self, sequence: Sequence, now_s: float) -> None:
         if sequence.cached_tokens is None:
             sequence.scheduled_s = now_s
-            sequence.cached_tokens = sequence.planned
+            # Of a continued answer more than the prompt may be found.
+            sequence.cached_tokens = min(sequence.planned, sequence.prompt_length)
             self._prefix_queries += sequence.prompt_length
-            self._prefix_hits += sequence.planned
+            self._prefix_hits += sequence.cached_tokens
 
     # ---- results ----------------------------------------------------------------------------------------------
 
