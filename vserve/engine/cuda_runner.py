@@ -10,6 +10,7 @@ idle moment (``idle``) or was missed often.  G only: all work is on a stream of 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,8 +23,8 @@ from vserve.engine.packing import Packed, Packer, Words, fits
 from vserve.engine.sequence import Plan, Results
 from vserve.engine.shapes import ENTRY_WORDS, UPDATE_WORDS, Buckets, Layout, Shape
 from vserve.engine.special import CANNOT_DRAW, Answers, SpecialDraws
+from vserve.kernels import ahead, sampling
 from vserve.kernels import rows as row_kernels
-from vserve.kernels import sampling
 from vserve.kernels.cuda import StepPlan
 from vserve.kernels.rows import Inputs
 from vserve.model.gpu_decoder import GpuDecoder
@@ -35,9 +36,14 @@ SLOTS: Final = 4
 """Host buffers of steps in flight; the loop keeps two in flight at most."""
 WISHES: Final = 32
 """After so many steps padded to a larger graph, a shape gets its own between two steps: some 30 ms, once."""
-MAX_GRAPH_TOKENS: Final = 2304
+MAX_GRAPH_TOKENS: Final = 2048
 PADDING_MOST: Final = 2.0
-"""A mixed step takes a larger graph than its own only up to so many times its tokens: they are computed for nothing."""
+CHEAP_TOKENS: Final = 256
+"""A mixed step takes a larger graph than its own only up to so many times its tokens, or so many tokens, of which the
+weights are the larger part of the cost: they are computed for nothing."""
+LEFT_FREE_BYTES: Final = 256 << 20
+"""Graphs leave so much of the GPU's memory alone: steps without a graph and the driver need some, and on the last few
+megabytes every allocation of theirs would first give back what the one before took."""
 INVALID: Final = "The model produced invalid numbers for this request."
 UNUSABLE: Final = "The sampling parameters of this request cannot be used."
 
@@ -188,17 +194,19 @@ class CudaRunner:
     def _choose(self, plan: Plan) -> _Step:
         """The step's own shape, or a larger one that has its graph already."""
         step = self._step(self.buckets.choose(plan.num_decodes, len(plan.works) - plan.num_decodes, plan.num_tokens))
-        if step.graph is not None or step.refused or not self._use_graphs or not self.buckets.is_graph(step.shape):
+        if step.graph is not None or not self._use_graphs or not self.buckets.is_graph(step.shape):
             return step
-        most = step.shape.tokens * PADDING_MOST if step.shape.chunks else float("inf")
+        most = max(CHEAP_TOKENS, step.shape.tokens * PADDING_MOST) if step.shape.chunks else float("inf")
         others = [
             one
             for one in self._captured
             if one.shape.is_decode == step.shape.is_decode and one.shape.tokens <= most and fits(plan, one.shape)
         ]
         step.wishes += 1
-        if not others or step.wishes > WISHES:
-            self._capture(step)  # kernel by kernel it would take about as long, every time
+        # Kernel by kernel it would take about as long as capturing it takes, every time.
+        if (not others or step.wishes > WISHES) and self._capture(step):
+            return step
+        if not others:
             return step
         return min(others, key=lambda one: (one.shape.tokens, one.shape.decodes))
 
@@ -217,8 +225,11 @@ class CudaRunner:
         on_device = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
         row_kernels.enter(self._rows, on_device, self._words[:0].view(0, ENTRY_WORDS))
 
-    def _run(self, step: _Step) -> None:
-        """Queue every kernel of the step, from its words to its logits [S, V] float32 and drawn ids."""
+    def _run(self, step: _Step, decoder: GpuDecoder | None = None, pairs: Sequence[Tensor] | None = None) -> None:
+        """Queue every kernel of the step, from its words to its logits [S, V] float32 and drawn ids.
+
+        decoder, pairs: in place of the runner's own.
+        """
         fields, inputs, shape = step.fields, step.inputs, step.shape
         cos, sin = self._decoder.rotation
         size = self._cache.block_size
@@ -247,7 +258,8 @@ class CudaRunner:
             starts, logit_rows, draw_rows = fields["starts"], fields["draw_tokens"], fields["draw_rows"]
         plan = StepPlan(inputs.cos, inputs.sin, inputs.slots, starts, inputs.context_lens, inputs.tables, shape.decodes)
         # One buffer for all: a graph that kept its own would hold on to hundreds of megabytes.
-        step.logits.copy_(self._decoder.compute(inputs.ids, plan, self._cache.pairs, logit_rows))
+        compute = (decoder or self._decoder).compute
+        step.logits.copy_(compute(inputs.ids, plan, pairs or self._cache.pairs, logit_rows))
         ids = sampling.sample(
             step.logits, inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p, inputs.seeds, inputs.counters
         )
@@ -265,7 +277,7 @@ class CudaRunner:
         """Capture one more graph while nobody waits; False when all are there."""
         while self._to_capture:
             step = self._step(self._to_capture.pop())
-            if step.graph is None and not step.refused:
+            if step.graph is None:
                 self._capture(step)
                 if not self._to_capture:
                     free, total = torch.cuda.mem_get_info()
@@ -274,21 +286,54 @@ class CudaRunner:
                 return True
         return False
 
+    def leave_out(self, max_chunk: int) -> None:
+        """Capture no graph in advance of a step that decodes and takes in more than max_chunk prompt tokens."""
+        self._to_capture = [
+            shape
+            for shape in self._to_capture
+            if shape.is_decode or not shape.decodes or shape.tokens <= max_chunk + shape.decodes
+        ]
+
+    @torch.inference_mode()
+    def compile(self, shapes: Iterable[Shape], threads: int) -> int:
+        """Compile the kernels of steps of these shapes on so many threads, before any step; returns how many."""
+        if not self._use_graphs:
+            return 0
+        decoder, pairs = self._decoder.ends(), self._cache.pairs
+
+        def work() -> None:
+            for shape in shapes:
+                step = self._step(shape)
+                self._make_empty(step)
+                self._run(step, decoder, (pairs[0], pairs[-1]))
+
+        return ahead.compile_all(work, threads)
+
     @torch.inference_mode()
     def capture(self, shape: Shape) -> None:
         """Capture the graph of one shape now, if it has none."""
         step = self._step(shape)
-        if self._use_graphs and step.graph is None and not step.refused:
+        if self._use_graphs and step.graph is None:
             self._capture(step)
 
-    def _capture(self, step: _Step) -> None:
-        try:
-            step.graph = self._captured_graph(step)
-        except torch.OutOfMemoryError:
-            step.refused = True
-            log.warning("no memory for the graph of %s: such steps run kernel by kernel", step.shape)
-        else:
+    def _capture(self, step: _Step) -> bool:
+        """Give the step its graph; False where there is no memory for one, and then ever after."""
+        if step.refused:
+            return False
+        free, _ = torch.cuda.mem_get_info()
+        if free >= LEFT_FREE_BYTES:
+            try:
+                step.graph = self._captured_graph(step)
+            except RuntimeError as error:
+                # What the driver lacks memory for is no OutOfMemoryError of torch's
+                if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+                    raise
+        if step.graph is not None:
             self._captured.append(step)
+        else:
+            step.refused = True
+            log.warning("no memory for the graph of %s (%.2f GiB free): another serves it", step.shape, free / 2**30)
+        return not step.refused
 
     def _captured_graph(self, step: _Step) -> torch.cuda.CUDAGraph:
         self._make_empty(step)
