@@ -11,15 +11,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 STDLIB = frozenset(sys.stdlib_module_names)
 
-POLICY = frozenset({"request", "inbox", "pages", "prefix", "sequence", "scheduler"})
+POLICY = frozenset({"encoding", "encoding_queue", "request", "inbox", "pages", "prefix", "sequence", "scheduler"})
 """Modules of vserve.engine that decide and never touch a tensor."""
 
 RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     # layer: (our layers it may import, third-party packages it may import)
     "errors": (frozenset(), frozenset()),
     "config": (frozenset({"errors"}), frozenset()),
+    "familiar": (frozenset({"errors"}), frozenset()),
+    "settings": (frozenset({"config", "errors", "familiar"}), frozenset()),
+    "client": (frozenset({"errors"}), frozenset()),
     "http": (frozenset({"errors"}), frozenset()),
-    "text": (frozenset({"errors"}), frozenset({"tokenizers", "jinja2", "markupsafe"})),
+    "text": (frozenset({"errors"}), frozenset({"tokenizers", "jinja2", "markupsafe", "llguidance"})),
     "kernels": (frozenset(), frozenset({"torch", "triton"})),
     "model": (frozenset({"kernels", "errors"}), frozenset({"torch", "safetensors", "numpy", "huggingface_hub"})),
     "engine.policy": (frozenset({"errors"}), frozenset()),
@@ -29,8 +32,9 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     ),
     "observe": (frozenset({"errors"}), frozenset({"prometheus_client"})),
     "bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
+    "encoder_bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
     "api": (
-        frozenset({"http", "text", "bridge", "engine.policy", "errors", "observe", ""}),
+        frozenset({"http", "text", "bridge", "encoder_bridge", "engine.policy", "errors", "observe", ""}),
         frozenset({"orjson"}),
     ),
 }

@@ -27,11 +27,13 @@ from vserve.model.decoder import Decoder
 from vserve.model.loader import load
 from vserve.model.memory import CachePlan, gib, host_budget, host_memory, plan_cache
 from vserve.model.source import ModelSource, SourceKind, resolve
+from vserve.model.threads import Sharing
 from vserve.observe.heartbeat import Heartbeat
 from vserve.observe.progress import Reporter
 from vserve.text import gguf_vocab
+from vserve.text.grammar import Grammars, why_none
 from vserve.text.template import ChatTemplate, find_templates
-from vserve.text.tokenizer import Tokenizer, has_tokenizer
+from vserve.text.tokenizer import Tokenizer, eos_ids_in, has_tokenizer
 
 if TYPE_CHECKING:  # its kernels need Triton, which torch for CPUs comes without
     from vserve.engine.cuda_runner import CudaRunner
@@ -66,6 +68,7 @@ class Engine:
     heartbeat: Heartbeat
     plan: CachePlan
     device: torch.device
+    grammars: Grammars | None
 
     @property
     def gpu_uuid(self) -> str | None:
@@ -81,9 +84,13 @@ def assemble(
     publish: Callable[[list[Emit], EngineStats], None],
     died: Callable[[EngineDied], None],
     reporter: Reporter,
+    sharing: Sharing | None = None,
 ) -> Engine:
-    """Find, load and warm up the model of config.  G only.  Raises StartupError; anything else is a bug."""
-    device = _device(config)
+    """Find, load and warm up the model of config.  G only.  Raises StartupError; anything else is a bug.
+
+    sharing: of the cores with an embedding model in this process.
+    """
+    device = choose_device(config)
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     reporter.begin("finding the model")
     source = resolve(
@@ -106,7 +113,7 @@ def assemble(
                 seed=config.seed,
                 progress=reporter.update,
             )
-        tokenizer, template = words.result()
+        tokenizer, template, grammars = words.result()
         compiler.result()
     tokenizer.check_fits(source.config.vocab_size)
     reporter.begin("making the KV cache")
@@ -137,10 +144,13 @@ def assemble(
     warm_up(runner, limits)
     reporter.end()
     heartbeat = Heartbeat(time.monotonic())
+    if sharing is not None and isinstance(decoder, Decoder):
+        sharing.stepping = lambda: heartbeat.stepping
+        decoder.share_cores(sharing)
     idle = None if isinstance(runner, Runner) else runner.idle
     depth = 1 if device.type == "cpu" else 2
     loop = EngineLoop(inbox, Scheduler(limits), runner, publish, died, heartbeat, depth=depth, idle=idle, owns_gc=True)
-    return Engine(source, tokenizer, template, loop, heartbeat, plan, device)
+    return Engine(source, tokenizer, template, loop, heartbeat, plan, device, grammars)
 
 
 def _prepare_compiler(device: torch.device) -> None:
@@ -192,7 +202,8 @@ def warm_up(runner: StepRunner, limits: Limits) -> None:
             scheduler.commit(plan, runner.launch(plan).wait(), 0.0)
 
 
-def _device(config: Config) -> torch.device:
+def choose_device(config: Config) -> torch.device:
+    """Where models run.  Raises StartupError for a device that is not there."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise StartupError("--device cuda: torch sees no CUDA device here; use --device cpu or install torch for CUDA")
     use_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
@@ -230,22 +241,36 @@ def _budget(
     return budget
 
 
-def _words(config: Config, source: ModelSource) -> tuple[Tokenizer, ChatTemplate | None]:
-    """The tokenizer and the chat template of the model."""
+def _words(config: Config, source: ModelSource) -> tuple[Tokenizer, ChatTemplate | None, Grammars | None]:
+    """The tokenizer and the chat template of the model, and what compiles grammars, where there can be one.
+
+    That index of the vocabulary holds the GIL for a tenth of a second: better now than beside the first streams.
+    """
+    tokenizer, template = _tokens_and_template(config, source)
+    vocab_size = source.config.vocab_size
+    eos_ids = tokenizer.eos_ids | eos_ids_in(source.generation_config, vocab_size)
+    usable = tokenizer.vocab_size <= vocab_size and why_none(tokenizer, eos_ids) is None
+    return tokenizer, template, Grammars(tokenizer, eos_ids, vocab_size) if usable else None
+
+
+def _tokens_and_template(config: Config, source: ModelSource) -> tuple[Tokenizer, ChatTemplate | None]:
     if config.load_format == "dummy" and source.kind is SourceKind.FOLDER and not has_tokenizer(source.path):
         return Tokenizer.of_bytes(source.config.vocab_size), None
     if source.kind is SourceKind.GGUF:
         assert source.gguf_metadata is not None
         tokenizer = gguf_vocab.build(source.gguf_metadata)
-        text = source.chat_template
+        texts = {} if source.chat_template is None else {"default": source.chat_template}
     else:
         tokenizer = Tokenizer.from_folder(source.path, generation_config=source.generation_config)
-        text = find_templates(source.path).get("default")
-    if text is None:
-        return tokenizer, None
-    return tokenizer, ChatTemplate(
-        text,
-        bos_token=tokenizer.bos_token,
-        eos_token=tokenizer.eos_token,
-        special_tokens=tokenizer.special_tokens,
-    )
+        texts = find_templates(source.path)
+    made: ChatTemplate | None = None
+    for name in ("tool_use", "default"):  # the one for chats has the other beside it
+        if name in texts:
+            made = ChatTemplate(
+                texts[name],
+                bos_token=tokenizer.bos_token,
+                eos_token=tokenizer.eos_token,
+                special_tokens=tokenizer.special_tokens,
+                for_tools=made,
+            )
+    return tokenizer, made

@@ -15,6 +15,7 @@ from typing import Final
 import torch
 
 from vserve.engine.cuda_runner import MAX_GRAPH_TOKENS, CudaRunner
+from vserve.engine.scheduler import MAX_SCORED_TOKENS
 from vserve.engine.shapes import MIXED_CHUNKS, MIXED_DECODES, MIXED_SIZES, Shape
 from vserve.errors import StartupError
 from vserve.model.config import ModelConfig
@@ -41,7 +42,8 @@ COMPILERS: Final = 16
 def reserve_bytes(config: ModelConfig, *, max_num_seqs: int, max_tokens: int, element_bytes: int) -> int:
     """What must stay free of the KV cache: the largest step by kernels, one of a graph, and what libraries take."""
     draws = max_num_seqs + min(MIXED_CHUNKS, max_num_seqs)
-    eager = step_bytes(config, tokens=max_tokens, draws=draws, element_bytes=element_bytes)
+    # Steps that score prompts run without a graph; a row of theirs is held twice while its best are sought.
+    eager = step_bytes(config, tokens=max_tokens, draws=draws + 2 * MAX_SCORED_TOKENS, element_bytes=element_bytes)
     graph = step_bytes(config, tokens=min(max_tokens, MAX_GRAPH_TOKENS), draws=draws, element_bytes=element_bytes)
     return eager + graph + LIBRARIES_BYTES
 

@@ -262,4 +262,5 @@ def merge(parts: Sequence[Emit]) -> Emit:
         cached_tokens=max(part.cached_tokens for part in parts),
         timing=last.timing,
         error=last.error,
+        prompt_logprobs=next((part.prompt_logprobs for part in parts if part.prompt_logprobs is not None), None),
     )

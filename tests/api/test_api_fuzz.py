@@ -63,6 +63,7 @@ def stand() -> Iterator[Stand]:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(PATHS), PLAUSIBLE_BODY, WILD_BODY | st.just({}))
+@pytest.mark.promise("R7")
 def test_any_object_is_answered_and_never_with_a_5xx(
     stand: Stand, path: str, plausible: dict[str, Any], wild: dict[str, Any]
 ) -> None:
@@ -72,6 +73,7 @@ def test_any_object_is_answered_and_never_with_a_5xx(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(PATHS), st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode()))
+@pytest.mark.promise("R7", "input: huge anything")
 def test_any_bytes_are_answered_and_never_with_a_5xx(stand: Stand, path: str, data: bytes) -> None:
     check(requests.post(stand.url + path, data=data, timeout=30))
 

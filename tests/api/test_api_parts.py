@@ -66,6 +66,7 @@ def test_a_missing_or_wrong_key_is_401(value: str | None) -> None:
     assert "right" not in caught.value.message
 
 
+@pytest.mark.promise("input: other tenants' prefixes")
 def test_each_key_has_its_own_salt_and_no_key_has_none() -> None:
     keys = Keys(["right", "other"])
     salts = {keys.salt("Bearer right"), keys.salt("bearer right"), keys.salt("Bearer other")}
@@ -161,6 +162,7 @@ def test_the_ignored_fields_header_is_bounded_and_safe() -> None:
     assert ignored_header(()) == ()
 
 
+@pytest.mark.promise("R12", "input: side doors")
 def test_every_route_is_guarded_but_the_probes_and_the_metrics() -> None:
     entries = table(App(options()))
     assert {entry.name for entry in entries if entry.auth == OPEN} == {

@@ -319,10 +319,9 @@ def post(body: Mapping[str, Any]) -> bytes:
     return head.encode() + payload
 
 
-def answer(peer: socket.socket) -> Answer:
-    """Read the reply to its end; the end of the connection must not come before it."""
+def answer(peer: socket.socket, data: bytes = b"") -> Answer:
+    """Read the reply to its end; the end of the connection must not come before it.  data: what was read before."""
     with peer:
-        data = b""
         while part := peer.recv(1 << 16):
             data += part
     head, _, rest = data.partition(b"\r\n\r\n")

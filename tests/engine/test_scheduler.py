@@ -404,6 +404,7 @@ def test_a_row_error_ends_its_sequence_alone_and_its_blocks_are_shared_with_nobo
 
 
 @pytest.mark.parametrize("phase", ["waiting", "prefill", "decode"])
+@pytest.mark.promise("R4")
 def test_a_deadline_ends_a_sequence_in_any_state(phase: str) -> None:
     engine = Engine(limits(max_num_seqs=1, max_num_batched_tokens=4))
     if phase == "waiting":

@@ -74,6 +74,7 @@ def refused() -> Iterator[None]:
         yield
 
 
+@pytest.mark.promise("fault: TLS garbage")
 def test_a_request_over_tls_is_answered_and_old_versions_are_not(tmp_path: Path) -> None:
     cert, key = certificate(tmp_path, "one")
 
@@ -117,6 +118,7 @@ def test_with_authorities_every_client_needs_a_certificate_of_theirs(tmp_path: P
     run(Tls(TlsFiles(cert, key, friend[0])), steps)
 
 
+@pytest.mark.promise("fault: garbage on reload")
 def test_a_reload_brings_the_new_certificate_and_garbage_keeps_the_old(tmp_path: Path) -> None:
     one, two, live = (certificate(tmp_path, name) for name in ("one", "two", "live"))
 

@@ -136,6 +136,7 @@ def test_files_of_two_tokenizers_are_refused(tmp_path: Path) -> None:
         ({"tokenizer.json": '{"a": 1}'}, "is not a tokenizer file"),
     ],
 )
+@pytest.mark.promise("R13", "fault: hostile model files")
 def test_a_missing_or_corrupt_file_is_one_line(tmp_path: Path, files: dict[str, str], words: str) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(content)

@@ -15,7 +15,7 @@ from vserve.api.choice import Choice
 from vserve.api.generation import Order, Prompt, generate, reply_head
 from vserve.api.reply import CountsNow
 from vserve.api.requests import CompletionRequest, Wanted, parse_completion
-from vserve.api.shapes import Counts, Head, Piece, TokenText, completion_logprobs, frame
+from vserve.api.shapes import Counts, Echoed, Head, Piece, TokenText, completion_logprobs, frame, prompt_logprobs
 from vserve.http.exchange import Exchange, Response
 
 DEFAULT_MAX_TOKENS = 16
@@ -41,9 +41,10 @@ class Completions:
             prompts=await _prompts(app, served, asked),
             default_max_tokens=DEFAULT_MAX_TOKENS,
             continuation=True,
+            prompt_logprobs=asked.scored,
         )
         text = TokenText(served.model.tokenizer, wanted.tokens_as_ids)
-        return await generate(app, served, exchange, order, CompletionDialect(head, wanted, text))
+        return await generate(app, served, exchange, order, CompletionDialect(head, wanted, text, echo=asked.echo))
 
 
 async def _prompts(app: App, served: Served, asked: CompletionRequest) -> list[Prompt]:
@@ -72,8 +73,9 @@ async def encode(app: App, served: Served, texts: Sequence[str], add_special: bo
 class CompletionDialect:
     """How completion replies are worded."""
 
-    def __init__(self, head: Head, wanted: Wanted, text: TokenText) -> None:
+    def __init__(self, head: Head, wanted: Wanted, text: TokenText, *, echo: bool = False) -> None:
         self._wanted = wanted
+        self._echo_scores = echo and wanted.logprobs is not None  # the prompt waits for its log-probabilities
         self._text = text
         options = wanted.stream_options
         self._each_usage = options.continuous_usage_stats
@@ -89,15 +91,21 @@ class CompletionDialect:
 
     def opening(self, choice: Choice, counts: CountsNow) -> bytes:
         """The prompt, when it is to be echoed or its ids returned."""
-        if not choice.lead and not self._wanted.return_token_ids:
+        lead = "" if self._echo_scores else choice.lead
+        if not lead and not self._wanted.return_token_ids:
             return b""
-        entry = self._entry(choice, Piece(choice.lead))
+        entry = self._entry(choice, Piece(lead))
         return frame(self._chunk_head, entry, counts().usage() if self._each_usage else None, self._extra)
 
     def chunk(self, choice: Choice, piece: Piece, counts: CountsNow) -> bytes:
         """See reply.Dialect."""
         entry = self._entry(choice, piece)
         entry.pop("prompt_token_ids", None)  # the opening has them
+        if piece.scores is not None:
+            if self._echo_scores:
+                entry["text"] = choice.lead + piece.text
+            if self._wanted.prompt_logprobs is not None:
+                entry["prompt_logprobs"] = self._scores(choice, piece)
         return frame(self._chunk_head, entry, counts().usage() if self._each_usage else None, self._extra)
 
     def ending(self, counts: CountsNow) -> bytes:
@@ -110,7 +118,7 @@ class CompletionDialect:
         for choice, piece in pieces:
             entry = self._entry(choice, piece)
             entry["text"] = choice.lead + piece.text
-            entry["prompt_logprobs"] = None
+            entry["prompt_logprobs"] = None if piece.scores is None else self._scores(choice, piece)
             choices.append(entry)
         reply: dict[str, object] = {
             "id": self._head.id,
@@ -123,11 +131,23 @@ class CompletionDialect:
         }
         return orjson.dumps(reply)
 
+    def _scores(self, choice: Choice, piece: Piece) -> list[dict[str, object] | None] | None:
+        top = self._wanted.prompt_logprobs
+        return None if top is None else prompt_logprobs(choice.prompt, piece.scores or (), top, self._text)
+
+    def _logprobs(self, choice: Choice, piece: Piece) -> dict[str, object] | None:
+        echoed = None
+        if piece.scores is not None and self._echo_scores:
+            echoed = Echoed(choice.prompt, piece.scores, self._wanted.logprobs or 0)
+        if not piece.drawn and echoed is None:
+            return None
+        return completion_logprobs(piece.drawn, piece.offset, self._text, echoed)
+
     def _entry(self, choice: Choice, piece: Piece) -> dict[str, object]:
         entry: dict[str, object] = {
             "index": choice.index,
             "text": piece.text,
-            "logprobs": completion_logprobs(piece.drawn, piece.offset, self._text) if piece.drawn else None,
+            "logprobs": self._logprobs(choice, piece),
             "finish_reason": None if piece.finish is None else piece.finish.value,
             "stop_reason": piece.stop_reason,
         }

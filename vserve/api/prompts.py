@@ -14,7 +14,9 @@ Prompt = str | list[int]
 """One prompt: text, or checked token ids."""
 
 Message = dict[str, object]
-"""One chat message: role and content are always there; content is a string, a list of text parts, or None."""
+"""One chat message: role and content are always there; content is a string, a list of text parts, or None.
+
+Calls are in tool_calls and results in messages of role tool, whichever form they came in."""
 
 PROMPT_LIMIT = 1024
 MESSAGE_LIMIT = 4096
@@ -75,6 +77,28 @@ class Texts:
 
 
 @dataclass(frozen=True, slots=True)
+class Documents:
+    """A list of strings or of objects with a string text; other keys of an object are not read."""
+
+    max_items: int
+
+    def check(self, value: object, path: str, vocab_size: int) -> tuple[str, ...]:
+        if not isinstance(value, list):
+            raise wrong(path, "a list of strings or of objects with a text", value)
+        if not value:
+            raise BadRequest(f"`{path}` is an empty list; give at least one document.", param=path)
+        if len(value) > self.max_items:
+            raise BadRequest(f"`{path}` takes at most {self.max_items} documents, got {len(value)}.", param=path)
+        texts: list[str] = []
+        for i, item in enumerate(value):
+            text = item.get("text") if isinstance(item, dict) else item
+            if type(text) is not str:
+                raise wrong(f"{path}[{i}]", "a string or an object with a string text", item)
+            texts.append(text)
+        return tuple(texts)
+
+
+@dataclass(frozen=True, slots=True)
 class Messages:
     """A conversation: objects with a role and text content; further keys reach the template as they are."""
 
@@ -87,8 +111,11 @@ class Messages:
             raise BadRequest(f"`{path}` is empty; give at least one message.", param=path)
         if len(value) > self.max_items:
             raise BadRequest(f"`{path}` takes at most {self.max_items} messages, got {len(value)}.", param=path)
-        return tuple(_message(item, f"{path}[{i}]") for i, item in enumerate(value))
+        return tuple(_with_tool_calls([_message(item, f"{path}[{i}]") for i, item in enumerate(value)]))
 
+
+CALL_LIMIT = 128
+"""Most calls in one message."""
 
 _ROLE = Text(64, 1)
 
@@ -100,19 +127,45 @@ def _message(item: object, path: str) -> Message:
         raise BadRequest(f"`{path}.role` is required.", param=f"{path}.role")
     message: Message = dict(item)
     message["role"] = _ROLE.check(item["role"], f"{path}.role", 0)
-    calls = item.get("tool_calls")
-    if calls is None:
-        message.pop("tool_calls", None)
-    else:
+    calls, call = item.get("tool_calls"), item.get("function_call")
+    for key, value in (("tool_calls", calls), ("function_call", call)):
+        if value is None:
+            message.pop(key, None)
+    if calls is not None:
         _check_tool_calls(calls, f"{path}.tool_calls")
+    if call is not None:
+        if calls is not None:
+            raise BadRequest(f"`{path}` has both tool_calls and function_call.", param=f"{path}.function_call")
+        _check_function(call, f"{path}.function_call")
+    for key in ("tool_call_id", "name"):
+        if item.get(key) is None:
+            message.pop(key, None)
+        else:
+            Text(256).check(item[key], f"{path}.{key}", 0)
+    if message["role"] == "function" and "name" not in message:
+        raise BadRequest(f"`{path}.name` is required.", param=f"{path}.name")
     content = item.get("content")
     if content is None:
-        if message["role"] != "assistant":
+        if message["role"] not in ("assistant", "function"):
             raise BadRequest(f"`{path}.content` is required.", param=f"{path}.content")
-        message["content"] = None if calls else ""
+        message["content"] = None if calls or call else ""
     else:
         message["content"] = _content(content, f"{path}.content")
     return message
+
+
+def _with_tool_calls(messages: list[Message]) -> list[Message]:
+    """messages with the older function_call and role function as the calls and results that templates know."""
+    last = ""
+    for i, message in enumerate(messages):
+        call = message.pop("function_call", None)
+        if isinstance(call, dict):
+            last = f"fcall{i:04d}"  # nine letters and digits: some templates insist
+            message["tool_calls"] = [{"id": last, "type": "function", "function": call}]
+        if message["role"] == "function":
+            message["role"] = "tool"
+            message["tool_call_id"] = last or f"fcall{i:04d}"
+    return messages
 
 
 def text_of(message: Message) -> str:
@@ -154,6 +207,23 @@ def _check_tool_calls(value: object, path: str) -> None:
     """Earlier calls of the conversation; the template prints them."""
     if not isinstance(value, list):
         raise wrong(path, "a list of tool calls", value)
+    if len(value) > CALL_LIMIT:
+        raise BadRequest(f"`{path}` takes at most {CALL_LIMIT} calls, got {len(value)}.", param=path)
     for i, call in enumerate(value):
-        if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
+        if not isinstance(call, dict):
             raise wrong(f"{path}[{i}]", "an object with a function", call)
+        if call.get("type", "function") != "function":
+            raise wrong(f"{path}[{i}].type", "'function'", call["type"])
+        if call.get("id") is not None:
+            Text(256).check(call["id"], f"{path}[{i}].id", 0)
+        _check_function(call.get("function"), f"{path}[{i}].function")
+
+
+def _check_function(value: object, path: str) -> None:
+    """The name and the arguments of one call: JSON text, or the object it stands for."""
+    if not isinstance(value, dict):
+        raise wrong(path, "an object with name and arguments", value)
+    Text(256, 1).check(value.get("name"), f"{path}.name", 0)
+    arguments = value.get("arguments")
+    if arguments is not None and not isinstance(arguments, str | dict):
+        raise wrong(f"{path}.arguments", "a string", arguments)

@@ -145,10 +145,12 @@ class Reply:
     def counts(self) -> Counts:
         """Tokens so far.  Each prompt counts once, and so does what its first choice found cached."""
         firsts = [choice for choice in self._choices if choice.first]
+        thought = [choice.reasoning_tokens for choice in self._choices if choice.reasoning_tokens is not None]
         return Counts(
             prompt=sum(len(choice.prompt) for choice in firsts),
             completion=sum(choice.num_tokens for choice in self._choices),
             cached=sum(choice.cached_tokens for choice in firsts),
+            reasoning=sum(thought) if thought else None,
         )
 
     def _submit(self) -> None:

@@ -17,6 +17,7 @@ from vserve.api.fields import (
     LogitBias,
     Object,
     Objects,
+    OneOf,
     Stops,
     Text,
     TokenIds,
@@ -25,8 +26,11 @@ from vserve.api.fields import (
     refused,
     table,
 )
-from vserve.api.prompts import PROMPT_TOKEN_LIMIT, Message, Messages, Prompt, Prompts, Texts
+from vserve.api.prompts import PROMPT_TOKEN_LIMIT, Documents, Message, Messages, Prompt, Prompts, Texts
+from vserve.api.structured import WHITESPACE, Choices, Constraint, ResponseFormat, Schema, Source, StructuredOutputs
+from vserve.api.tools import FunctionChoiceKind, Functions, Tool, ToolChoice, ToolChoiceKind, Tools
 from vserve.errors import BadRequest
+from vserve.text.grammar_spec import GrammarKind
 
 MAX_LOGPROBS = 20
 _INT32 = 2**31 - 1
@@ -113,21 +117,40 @@ TOKENS_AS_IDS: Field[bool] = Field(
     "return_tokens_as_token_ids", Bool(), False, 'tokens of logprobs as "token_id:N" instead of text'
 )
 
+PROMPT_LOGPROBS: Field[int | None] = Field(
+    "prompt_logprobs", Int(0, MAX_LOGPROBS), None, "log-probabilities of the prompt's tokens and so many likely others"
+)
+BAD_WORDS: Field[tuple[str, ...]] = Field("bad_words", Stops(128, 256), (), "words that must not appear in the answer")
+ALLOWED_IDS: Field[Sequence[int] | None] = Field(
+    "allowed_token_ids", TokenIds(2**18), None, "the only token ids that may be drawn"
+)
+RESPONSE_FORMAT: Field[Constraint | None] = Field(
+    "response_format", ResponseFormat(), None, "the answer is text, a JSON object, or JSON that follows a schema"
+)
+STRUCTURED_OUTPUTS: Field[Constraint | None] = Field(
+    "structured_outputs", StructuredOutputs(), None, "the answer follows a schema, a pattern, a choice or a grammar"
+)
+GUIDED_JSON: Field[Constraint | None] = Field("guided_json", Schema(), None, "older name of structured_outputs.json")
+GUIDED_REGEX: Field[Constraint | None] = Field(
+    "guided_regex", Source(GrammarKind.REGEX), None, "older name of structured_outputs.regex"
+)
+GUIDED_CHOICE: Field[Constraint | None] = Field(
+    "guided_choice", Choices(), None, "older name of structured_outputs.choice"
+)
+GUIDED_GRAMMAR: Field[Constraint | None] = Field(
+    "guided_grammar", Source(GrammarKind.LARK), None, "older name of structured_outputs.grammar"
+)
+GUIDED_WHITESPACE: Field[str | None] = Field(
+    "guided_whitespace_pattern", WHITESPACE, None, "older name of structured_outputs.whitespace_pattern"
+)
+
 _SHARED: tuple[object, ...] = (
     MODEL, N, STREAM, STREAM_OPTIONS, MAX_TOKENS, MIN_TOKENS, TEMPERATURE, TOP_P, TOP_K, MIN_P, REPETITION, PRESENCE,
     FREQUENCY, LOGIT_BIAS, SEED, STOP, STOP_TOKEN_IDS, INCLUDE_STOP, IGNORE_EOS, SKIP_SPECIAL, TRUNCATE, PRIORITY,
     CACHE_SALT, TIMEOUT_MS, REQUEST_ID, USER, RETURN_TOKEN_IDS, TOKENS_AS_IDS,
-    refused("response_format", "structured output", ({"type": "text"},)),
-    refused("structured_outputs", "structured output"),
-    refused("guided_json", "structured output, older name"),
-    refused("guided_regex", "structured output, older name"),
-    refused("guided_choice", "structured output, older name"),
-    refused("guided_grammar", "structured output, older name"),
-    refused("guided_decoding_backend", "structured output, older name"),
-    refused("guided_whitespace_pattern", "structured output, older name"),
-    refused("prompt_logprobs", "log-probabilities of the prompt"),
-    refused("bad_words", "strings that must not appear", ([],)),
-    refused("allowed_token_ids", "the only tokens that may be drawn"),
+    RESPONSE_FORMAT, STRUCTURED_OUTPUTS, GUIDED_JSON, GUIDED_REGEX, GUIDED_CHOICE, GUIDED_GRAMMAR, GUIDED_WHITESPACE,
+    refused("guided_decoding_backend", "there is one back end", ("auto", "guidance", "llguidance")),
+    PROMPT_LOGPROBS, BAD_WORDS, ALLOWED_IDS,
     refused("use_beam_search", "beam search", (False,)),
     refused("length_penalty", "beam search", (1, 1.0)),
     refused("early_stopping", "beam search", (False,)),
@@ -173,25 +196,38 @@ TEMPLATE_KWARGS: Field[dict[str, object]] = Field(
     "further variables of the chat template",
 )  # fmt: skip
 
+TOOLS: Field[tuple[Tool, ...]] = Field("tools", Tools(), (), "functions that the model may call")
+TOOL_CHOICE: Field[ToolChoice | None] = Field(
+    "tool_choice", ToolChoiceKind(), None, "none, auto (the default), required, or the one function to call"
+)
+PARALLEL: Field[bool] = Field("parallel_tool_calls", Bool(), True, "more than one call in an answer")
+FUNCTIONS: Field[tuple[Tool, ...]] = Field("functions", Functions(), (), "older form of tools; one call an answer")
+FUNCTION_CALL: Field[ToolChoice | None] = Field(
+    "function_call", FunctionChoiceKind(), None, "older form of tool_choice"
+)
+INCLUDE_REASONING: Field[bool] = Field("include_reasoning", Bool(), True, "send the model's reasoning, too")
+EFFORT: Field[str | None] = Field(
+    "reasoning_effort",
+    OneOf(("none", "minimal", "low", "medium", "high", "xhigh", "max")),
+    None,
+    "for the chat template, where it has such a dial or a switch (none); otherwise reported as ignored",
+)
+THINKING_BUDGET: Field[int | None] = Field(
+    "thinking_token_budget", Int(0, _INT32), None, "most tokens of reasoning; then it is closed and the answer begins"
+)
+
 CHAT = table(
     *_SHARED, MESSAGES, MAX_COMPLETION_TOKENS, LOGPROBS, TOP_LOGPROBS, ECHO, ADD_GENERATION_PROMPT, CONTINUE_FINAL,
-    ADD_SPECIAL_CHAT, DOCUMENTS, TEMPLATE_KWARGS,
-    refused("tools", "tool calls", ([],)),
-    refused("tool_choice", "tool calls", ("none", "auto")),
-    refused("functions", "tool calls, older name", ([],)),
-    refused("function_call", "tool calls, older name", ("none", "auto")),
+    ADD_SPECIAL_CHAT, DOCUMENTS, TEMPLATE_KWARGS, TOOLS, TOOL_CHOICE, PARALLEL, FUNCTIONS, FUNCTION_CALL,
+    INCLUDE_REASONING, EFFORT, THINKING_BUDGET,
     refused("chat_template", "a template from the request"),
     refused("mm_processor_kwargs", "images and audio", ({},)),
     refused("modalities", "answers other than text", (["text"],)),
     refused("audio", "answers as audio"),
     refused("web_search_options", "web search"),
-    refused("thinking_token_budget", "a bound on reasoning"),
     refused("prompt", "a field of /v1/completions"),
-    Field("parallel_tool_calls", Bool(), True, "without tools there is no call to make, in parallel or not"),
-    ignored("reasoning_effort", "the model has no such dial", ("none",)),
     ignored("verbosity", "the model has no such dial", ("medium",)),
     ignored("prediction", "a hint for speed"),
-    ignored("include_reasoning", "the model's text is not split into reasoning and answer", (True,)),
     ignored("store", "answers of this endpoint are not stored", (False,)),
 )  # fmt: skip
 
@@ -220,7 +256,6 @@ TOKEN_STRS: Field[bool] = Field("return_token_strs", Bool(), False, "also each t
 ADD_SPECIAL_ANY: Field[bool | None] = Field(
     "add_special_tokens", Bool(), None, "add the tokenizer's own first token; true for texts, false for messages"
 )
-TOOLS: Field[tuple[dict[str, object], ...]] = Field("tools", Objects(128), (), "for the chat template")
 TOKENS: Field[list[int] | None] = Field("tokens", TokenIds(PROMPT_TOKEN_LIMIT), None, "token ids")
 TOKEN_IDS: Field[list[int] | None] = Field("token_ids", TokenIds(PROMPT_TOKEN_LIMIT), None, "other name of tokens")
 KEEP_SPECIAL: Field[bool] = Field("skip_special_tokens", Bool(), False, "leave special tokens out of the text")
@@ -232,3 +267,55 @@ TOKENIZE = table(
     refused("mm_processor_kwargs", "images and audio", ({},)),
 )  # fmt: skip
 DETOKENIZE = table(MODEL, TOKENS, TOKEN_IDS, KEEP_SPECIAL)
+
+# Embedding endpoints.
+MAX_INPUTS = 2048
+INPUT: Field[tuple[Prompt, ...]] = Field(
+    "input", Prompts(MAX_INPUTS), (), "a text, token ids, or a list of either", required=True
+)
+ENCODING_FORMAT: Field[str] = Field(
+    "encoding_format", OneOf(("float", "base64")), "float", "numbers, or little-endian float32 in base64"
+)
+DIMENSIONS: Field[int | None] = Field(
+    "dimensions", Int(1, 2**20), None, "keep so many numbers of a vector; only the sizes that the model was made for"
+)
+NORMALIZE: Field[bool | None] = Field(
+    "normalize", Bool(), None, "vectors of length 1, or as the model made them; the model's own choice by default"
+)
+TRUNCATE_INPUT: Field[int | None] = Field(
+    "truncate_prompt_tokens", Int(-1, _INT32), None, "keep the first so many tokens of an input; -1: as many as fit"
+)
+_ENCODER: tuple[object, ...] = (
+    MODEL, TRUNCATE_INPUT, PRIORITY, TIMEOUT_MS, REQUEST_ID, USER,
+    refused("truncation_side", "inputs are cut at their end", ("right",)),
+    refused("mm_processor_kwargs", "images and audio", ({},)),
+    ignored("cache_salt", "nothing is cached"),
+    ignored("additional_data", "data for extensions", ({},)),
+)  # fmt: skip
+EMBEDDINGS = table(
+    *_ENCODER, INPUT, ENCODING_FORMAT, DIMENSIONS, NORMALIZE, ADD_SPECIAL,
+    refused("messages", "embeddings of conversations"),
+    refused("embed_dtype", "numbers other than float32", ("float32",)),
+    refused("endianness", "big-endian numbers", ("native", "little")),
+)  # fmt: skip
+
+TEXT_1: Field[str | tuple[str, ...] | None] = Field("text_1", Texts(MAX_INPUTS), None, "one text, or as many as text_2")
+TEXT_2: Field[str | tuple[str, ...] | None] = Field("text_2", Texts(MAX_INPUTS), None, "the texts to compare it with")
+QUERIES: Field[str | tuple[str, ...] | None] = Field("queries", Texts(MAX_INPUTS), None, "other name of text_1")
+SCORE_DOCUMENTS: Field[str | tuple[str, ...] | None] = Field(
+    "documents", Texts(MAX_INPUTS), None, "other name of text_2"
+)
+SCORE = table(*_ENCODER, TEXT_1, TEXT_2, QUERIES, SCORE_DOCUMENTS)
+
+QUERY: Field[str] = Field("query", Text(2**24), "", "what the documents are compared with", required=True)
+DOCUMENTS_RANKED: Field[tuple[str, ...]] = Field(
+    "documents", Documents(MAX_INPUTS), (), "strings, or objects with a text", required=True
+)
+TOP_N: Field[int] = Field("top_n", Int(0, _INT32), 0, "return only the best so many; 0: all")
+RETURN_DOCUMENTS: Field[bool] = Field("return_documents", Bool(), True, "each result has its document's text")
+RERANK = table(
+    *_ENCODER, QUERY, DOCUMENTS_RANKED, TOP_N, RETURN_DOCUMENTS,
+    refused("rank_fields", "documents of several fields", (["text"],)),
+    refused("max_chunks_per_doc", "documents in several pieces"),
+    refused("max_tokens_per_doc", "a limit for documents alone; truncate_prompt_tokens cuts query and document"),
+)  # fmt: skip

@@ -10,8 +10,10 @@ idle moment (``idle``) or was missed often.  G only: all work is on a stream of 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Final
 
 import numpy as np
@@ -22,7 +24,7 @@ from torch import Tensor
 from vserve.engine.packing import Packed, Packer, Words, fits
 from vserve.engine.sequence import Plan, Results
 from vserve.engine.shapes import ENTRY_WORDS, UPDATE_WORDS, Buckets, Layout, Shape
-from vserve.engine.special import CANNOT_DRAW, Answers, SpecialDraws
+from vserve.engine.special import CANNOT_DRAW, Answers, SpecialDraws, answers_for
 from vserve.kernels import ahead, sampling
 from vserve.kernels import rows as row_kernels
 from vserve.kernels.cuda import StepPlan
@@ -74,6 +76,7 @@ class CudaPending:
     slot: _Slot
     packed: Packed
     answers: Answers | None
+    scores: Answers | None = None
 
     def wait(self) -> Results:
         """What the step drew.  Blocks until the device has come so far."""
@@ -87,7 +90,13 @@ class CudaPending:
                 if token < 0:
                     errors.setdefault(place, CANNOT_DRAW if place in changed else INVALID)
         logprobs = {} if self.answers is None else self.answers.read()
-        return Results(ids, {place: one for place, one in logprobs.items() if place not in errors}, errors)
+        scores = [] if self.scores is None else list(self.scores.read().values())
+        return Results(
+            ids,
+            {place: one for place, one in logprobs.items() if place not in errors},
+            errors,
+            [one if math.isfinite(one.logprob) else None for one in scores],
+        )
 
 
 class _Step:
@@ -139,6 +148,7 @@ class CudaRunner:
         device = cache.pairs[0].device
         self._decoder = decoder
         self._cache = cache
+        self._layers = (decoder, cache.pairs)
         self._use_graphs = use_graphs and device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         if self._stream is not None:
@@ -178,7 +188,10 @@ class CudaRunner:
         if packed.overflow is not None:
             self._enter(packed.overflow)
         step.words.copy_(slot.words_tensor[: step.layout.words], non_blocking=True)
-        if step.graph is not None:
+        scores = None
+        if plan.scorings:
+            scores = self._run_and_score(step, plan)
+        elif step.graph is not None:
             step.graph.replay()
         else:
             self._run(step)
@@ -189,7 +202,7 @@ class CudaRunner:
             slot.ids_tensor[: packed.draws].copy_(self._drawn[: packed.draws], non_blocking=True)
         if slot.event is not None:
             slot.event.record()
-        return CudaPending(slot, packed, answers)
+        return CudaPending(slot, packed, answers, scores)
 
     def _choose(self, plan: Plan) -> _Step:
         """The step's own shape, or a larger one that has its graph already."""
@@ -225,10 +238,28 @@ class CudaRunner:
         on_device = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
         row_kernels.enter(self._rows, on_device, self._words[:0].view(0, ENTRY_WORDS))
 
-    def _run(self, step: _Step, decoder: GpuDecoder | None = None, pairs: Sequence[Tensor] | None = None) -> None:
+    def _run_and_score(self, step: _Step, plan: Plan) -> Answers:
+        """Queue the step kernel by kernel, with the log-probabilities of the prompt tokens that plan wants scored."""
+        firsts = list(accumulate((work.num_tokens for work in plan.works), initial=0))
+        rows: list[int] = []
+        ids: list[int] = []
+        tops: list[int | None] = []
+        for number, places in plan.scorings:
+            sequence, start = plan.works[number].sequence, plan.works[number].start
+            rows += [firsts[number] + place - 1 - start for place in places]
+            ids += [sequence.tokens[place] for place in places]
+            tops += [sequence.request.prompt_logprobs or 0] * len(places)
+        packed = torch.tensor([rows, ids], dtype=torch.int64)
+        if self._words.device.type != "cpu":
+            packed = packed.pin_memory().to(self._words.device, non_blocking=True)
+        raw = self._run(step, packed[0].to(torch.int32))
+        assert raw is not None
+        return answers_for(list(range(len(rows))), tops, raw.to(torch.float32), packed[1])
+
+    def _run(self, step: _Step, scored: Tensor | None = None) -> Tensor | None:
         """Queue every kernel of the step, from its words to its logits [S, V] float32 and drawn ids.
 
-        decoder, pairs: in place of the runner's own.
+        scored [P] int32: further tokens of the step, never one of decodes alone; returns their logits [P, V] then.
         """
         fields, inputs, shape = step.fields, step.inputs, step.shape
         cos, sin = self._decoder.rotation
@@ -258,12 +289,20 @@ class CudaRunner:
             starts, logit_rows, draw_rows = fields["starts"], fields["draw_tokens"], fields["draw_rows"]
         plan = StepPlan(inputs.cos, inputs.sin, inputs.slots, starts, inputs.context_lens, inputs.tables, shape.decodes)
         # One buffer for all: a graph that kept its own would hold on to hundreds of megabytes.
-        compute = (decoder or self._decoder).compute
-        step.logits.copy_(compute(inputs.ids, plan, pairs or self._cache.pairs, logit_rows))
+        decoder, pairs = self._layers
+        further = None
+        if scored is None or logit_rows is None:
+            step.logits.copy_(decoder.compute(inputs.ids, plan, pairs, logit_rows))
+        else:
+            every = torch.cat((logit_rows, scored))
+            logits = decoder.compute(inputs.ids, plan, pairs, every)
+            further = logits[shape.sequences :]
+            step.logits.copy_(logits[: shape.sequences])
         ids = sampling.sample(
             step.logits, inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p, inputs.seeds, inputs.counters
         )
         row_kernels.keep(self._rows, draw_rows, ids, self._drawn[: shape.sequences])
+        return further
 
     # ---- graphs -----------------------------------------------------------------------------------------------
 
@@ -299,15 +338,20 @@ class CudaRunner:
         """Compile the kernels of steps of these shapes on so many threads, before any step; returns how many."""
         if not self._use_graphs:
             return 0
-        decoder, pairs = self._decoder.ends(), self._cache.pairs
+        assert not self._captured
+        whole = self._layers
+        self._layers = self._decoder.ends(), (self._cache.pairs[0], self._cache.pairs[-1])
 
         def work() -> None:
             for shape in shapes:
                 step = self._step(shape)
                 self._make_empty(step)
-                self._run(step, decoder, (pairs[0], pairs[-1]))
+                self._run(step)
 
-        return ahead.compile_all(work, threads)
+        try:
+            return ahead.compile_all(work, threads)
+        finally:
+            self._layers = whole
 
     @torch.inference_mode()
     def capture(self, shape: Shape) -> None:

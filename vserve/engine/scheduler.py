@@ -28,7 +28,10 @@ from typing import NamedTuple
 from vserve.engine.pages import PagePool
 from vserve.engine.prefix import PrefixCache
 from vserve.engine.request import Emit, EngineStats, FinishReason, GenRequest, RequestId, Timing, TokenLogprobs
-from vserve.engine.sequence import Cause, Plan, Results, Sequence, State, Work
+from vserve.engine.sequence import Cause, Plan, Results, Scoring, Sequence, State, Work
+
+MAX_SCORED_TOKENS = 128
+"""Rows of logits that scoring prompts adds to a step: 25 MB at a vocabulary of 49,152, 66 MB at 128,256."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,8 @@ class Limits:
     decodes fills the smallest that leaves LEAST_CHUNK for prompts, and a larger one only while many wait; empty: it
     takes max_prefill_chunk.
     max_model_len: prompt and answer together.  vocab_size: when given, a prompt id outside it is refused here,
-    whatever the caller checked.
+    whatever the caller checked.  max_scored_tokens: prompt tokens of a step whose log-probabilities are worked out;
+    each takes a row of logits.
     """
 
     num_blocks: int
@@ -56,6 +60,7 @@ class Limits:
     mixed_sizes: tuple[int, ...] = ()
     prefix_caching: bool = True
     vocab_size: int | None = None
+    max_scored_tokens: int = MAX_SCORED_TOKENS
 
     def __post_init__(self) -> None:
         for name in (
@@ -65,6 +70,7 @@ class Limits:
             "max_num_batched_tokens",
             "max_model_len",
             "max_prefill_chunk",
+            "max_scored_tokens",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -111,6 +117,8 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self._leaving: set[Sequence] = set()  # ended or preempted, but a step in flight still names them
+        self._scorings: list[Scoring] = []  # of the plan that is being made
+        self._score_room = 0
         self._prefilling = 0
         self._waiting_tokens = 0
         self._arrivals = 0
@@ -185,9 +193,12 @@ class Scheduler:
 
     def _problem(self, request: GenRequest) -> str | None:
         prompt, limits = request.prompt, self.limits
-        if not prompt or request.max_tokens < 1:
+        only_scores = request.max_tokens == 0 and request.prompt_logprobs is not None
+        if not prompt or (request.max_tokens < 1 and not only_scores):
             return "A request needs at least one prompt token and one token to generate."
         wanted, most = len(prompt) + request.max_tokens, limits.max_sequence_tokens
+        if only_scores:  # the place that max_sequence_tokens adds is that of a token that is drawn
+            most = min(most, limits.num_blocks * limits.block_size)
         if wanted > most:
             return (
                 f"The prompt has {len(prompt)} tokens and max_tokens is {request.max_tokens}; "
@@ -224,6 +235,7 @@ class Scheduler:
         """The next step, or None when there is nothing to compute until a plan in flight is committed."""
         works: list[Work] = []
         full: dict[bytes, int] = {}  # key -> block that this step completes
+        self._scorings, self._score_room = [], self.limits.max_scored_tokens
         self._plan_decodes(works, full)
         decodes = len(works)
         room, spent = self._room(decodes), 0
@@ -235,7 +247,7 @@ class Scheduler:
         if self._waiting:
             spent = self._admit(room, spent, works, full, now_s)
         self._prefix.name(full)
-        return Plan(works, decodes, decodes + spent) if works else None
+        return Plan(works, decodes, decodes + spent, self._scorings) if works else None
 
     def _room(self, decodes: int) -> _Room:
         """Prompt tokens for a step of so many decodes."""
@@ -265,6 +277,8 @@ class Scheduler:
             known = len(sequence.tokens)
             if known + sequence.pending >= sequence.max_length:
                 continue  # its last token is under way
+            if sequence.needs_ids and sequence.pending:
+                continue  # what may follow depends on a token that is under way
             start = sequence.planned
             if start == len(sequence.blocks) * block_size and not self._grow(sequence):
                 continue
@@ -291,6 +305,10 @@ class Scheduler:
         """Plan up to allowance tokens of a PREFILL sequence; returns how many."""
         start, end = sequence.planned, len(sequence.tokens)
         count = min(allowance, end - start)
+        if sequence.scored < sequence.prompt_length:
+            count = self._score(sequence, start, count, len(works))
+            if not count:
+                return 0
         samples = start + count == end
         works.append(Work(sequence, start, count, samples, False))
         sequence.planned = start + count
@@ -300,6 +318,17 @@ class Scheduler:
             sequence.move(Cause.PROMPT_DONE)
             self._prefilling -= 1
         self._prefix.note_full(sequence, full)
+        return count
+
+    def _score(self, sequence: Sequence, start: int, count: int, work: int) -> int:
+        """Note what a chunk of up to count tokens scores; returns how many tokens this step has room to score."""
+        first = max(sequence.scored, start + 1)  # a token's score comes from the one before it
+        count = min(count, first - start - 1 + self._score_room)
+        places = range(first, min(start + count + 1, sequence.prompt_length))
+        if places:
+            self._scorings.append(Scoring(work, places))
+            self._score_room -= len(places)
+            sequence.scored = places.stop
         return count
 
     def _admit(self, room: _Room, spent: int, works: list[Work], full: dict[bytes, int], now_s: float) -> int:
@@ -318,8 +347,12 @@ class Scheduler:
             sequence = waiting[place]
             if not self._rows or len(self._running) >= most or sequence.in_flight:
                 break
-            found = self._prefix.find(sequence)
-            if len(found) < len(sequence.keys) and sequence.keys[len(found)] in full:
+            found = self._find(sequence)
+            if (
+                sequence.scored == sequence.prompt_length
+                and len(found) < len(sequence.keys)
+                and sequence.keys[len(found)] in full
+            ):
                 # This very step computes the block it needs next: one step later it is there to share.
                 place += 1
                 continue
@@ -343,6 +376,13 @@ class Scheduler:
             spent += self._plan_chunk(sequence, allowance - spent, works, full)
         return spent
 
+    def _find(self, sequence: Sequence) -> list[int]:
+        """Cached blocks to begin with: none of a token from which the next one's score is still to come."""
+        found = self._prefix.find(sequence)
+        if sequence.scored < sequence.prompt_length:
+            del found[(sequence.scored - 1) // self.limits.block_size :]
+        return found
+
     def _note_admission(self, sequence: Sequence, now_s: float) -> None:
         if sequence.cached_tokens is None:
             sequence.scheduled_s = now_s
@@ -357,6 +397,8 @@ class Scheduler:
         emits: list[Emit] = []
         ids, logprobs, errors = results.ids, results.logprobs, results.errors
         finished, draw = State.FINISHED, 0
+        if plan.scorings:
+            emits += self._take_scores(plan, results, now_s)
         for sequence, _, _, samples, _ in plan.works:
             sequence.in_flight -= 1
             if samples:
@@ -373,7 +415,35 @@ class Scheduler:
         self._steps += 1
         return emits
 
+    def _take_scores(self, plan: Plan, results: Results, now_s: float) -> list[Emit]:
+        """Put the step's log-probabilities of prompts aside; returns the ends of those that have none."""
+        emits: list[Emit] = []
+        at = 0
+        for scoring in plan.scorings:
+            sequence = plan.works[scoring.work].sequence
+            scores = results.scores[at : at + len(scoring.places)]
+            at += len(scoring.places)
+            if sequence.state is State.FINISHED:
+                continue
+            known = [score for score in scores if score is not None]
+            if len(known) < len(scoring.places):
+                message = "The model produced invalid numbers for this request."
+                emits.append(self._end(sequence, FinishReason.ERROR, now_s, message, spoiled=True))
+            elif sequence.scores is not None:
+                sequence.scores += known
+        return emits
+
     def _accept(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now_s: float) -> Emit:
+        emit = self._accepted(sequence, token, logprobs, now_s)
+        if sequence.scores is not None:
+            emit = emit._replace(prompt_logprobs=tuple(sequence.scores))
+            sequence.scores = None
+        return emit
+
+    def _accepted(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now_s: float) -> Emit:
+        if not sequence.request.max_tokens:
+            self._prompt_tokens += sequence.prompt_length
+            return self._end(sequence, FinishReason.LENGTH, now_s)
         sequence.tokens.append(token)
         self._generated_tokens += 1
         if sequence.first_token_s is None:

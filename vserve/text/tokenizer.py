@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum, auto
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
@@ -77,9 +77,10 @@ class Tokenizer:
         self._visible_bytes = list(self._bytes)
         for id in self.special_ids:
             self._visible_bytes[id] = b""
+        self._partly_visible: dict[frozenset[int], list[bytes]] = {}
 
     @classmethod
-    def from_folder(cls, folder: Path, *, generation_config: Mapping[str, object] | None = None) -> Tokenizer:
+    def from_folder(cls, folder: Path, *, generation_config: Mapping[str, object] | None = None) -> Self:
         """Read tokenizer.json and, where there is one, tokenizer_config.json.
 
         generation_config (that file's content) adds its ``eos_token_id``, a number or a list, to the ids that end a
@@ -140,6 +141,9 @@ class Tokenizer:
             return core.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
         except TypeError:
             raise BadRequest(f"text {shorten(text)} is not valid Unicode: it holds a lone surrogate") from None
+        except BaseException as error:
+            _check_panic(error)
+            raise
 
     def encode_batch(self, texts: Sequence[str], *, add_special: bool = True) -> list[list[int]]:
         """The ids of each text, computed on all cores; otherwise as encode."""
@@ -147,6 +151,9 @@ class Tokenizer:
             encodings = self._core.encode_batch_fast(list(texts), add_special_tokens=add_special)
         except TypeError:
             raise BadRequest("a text is not valid Unicode: it holds a lone surrogate") from None
+        except BaseException as error:
+            _check_panic(error)
+            raise
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
@@ -163,11 +170,29 @@ class Tokenizer:
     def decode_with_library(self, ids: Sequence[int], *, skip_special: bool) -> str:
         """What the tokenizers library makes of ids: the only way where style is WINDOW.  Holds the GIL."""
         known = [id for id in ids if 0 <= id < self.vocab_size]
-        return str(self._core.decode(known, skip_special_tokens=skip_special))
+        try:
+            return str(self._core.decode(known, skip_special_tokens=skip_special))
+        except BaseException as error:
+            _check_panic(error)
+            raise
 
-    def byte_table(self, *, skip_special: bool) -> Sequence[bytes]:
-        """The bytes of every id, [vocab_size]; empty for special ids with skip_special.  Shared: read only."""
-        return self._visible_bytes if skip_special else self._bytes
+    def byte_table(self, *, skip_special: bool, shown: frozenset[int] = frozenset()) -> Sequence[bytes]:
+        """The bytes of every id, [vocab_size]; empty for special ids with skip_special.  Shared: read only.
+
+        shown are special ids that keep their bytes all the same.  A table is kept for each set: the server's own few,
+        never a client's choice.
+        """
+        if not skip_special:
+            return self._bytes
+        if not shown:
+            return self._visible_bytes
+        table = self._partly_visible.get(shown)
+        if table is None:
+            table = list(self._visible_bytes)
+            for id in shown:
+                table[id] = self._bytes[id]
+            self._partly_visible[shown] = table
+        return table
 
     def join_bytes(self, ids: Iterable[int], *, skip_special: bool) -> bytes:
         """The bytes of ids, joined; an id outside the vocabulary has none."""
@@ -305,6 +330,12 @@ def _latin1_or(spelled: str, piece: str) -> bytes:
         return piece.encode()
 
 
+def _check_panic(error: BaseException) -> None:
+    """Raise RuntimeError if error is a panic of the library: a BaseException, which nobody expects of a bug."""
+    if type(error).__name__ == "PanicException":
+        raise RuntimeError(f"the tokenizers library gave up: {one_line(error)}") from None
+
+
 def _read_core(folder: Path) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -316,7 +347,11 @@ def _read_core(folder: Path) -> tokenizers.Tokenizer:
         raise StartupError(f"{folder} has no tokenizer.json")
     data = _read_limited(path)
     try:
-        return tokenizers.Tokenizer.from_buffer(data)
+        try:
+            return tokenizers.Tokenizer.from_buffer(data)
+        except BaseException as error:
+            _check_panic(error)
+            raise
     except Exception as error:  # the library raises bare Exception for whatever its parser dislikes
         raise StartupError(f"{path} is not a tokenizer file: {one_line(error)}") from None
 
@@ -390,6 +425,11 @@ def _named_tokens(config: Mapping[str, object]) -> dict[str, str]:
 
 def _id_of(core: tokenizers.Tokenizer, token: str | None) -> int | None:
     return None if token is None else core.token_to_id(token)
+
+
+def eos_ids_in(generation_config: Mapping[str, object], vocab_size: int) -> frozenset[int]:
+    """The end-of-text ids that generation_config.json names, as far as the model has them."""
+    return frozenset(id for id in _eos_ids(generation_config) if id < vocab_size)
 
 
 def _eos_ids(generation_config: Mapping[str, object]) -> set[int]:
