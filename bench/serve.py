@@ -43,6 +43,8 @@ START_LIMIT_S = 300.0
 CONNECTIONS = 16
 """Streams that one client process reads: more, and the client would be the limit."""
 PING_GAP_S = 0.005
+ROUND_LIMIT_S = 300.0
+"""A round that takes longer hangs: the server's stacks are shown then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,12 @@ def running(name: str, command: Sequence[str], port: int, ready_path: str) -> It
                 raise SystemExit(f"{name} did not start:\n{log_path.read_text()[-2000:]}")
             time.sleep(0.02)  # polling another program's start: there is nothing to wait on
         yield Target(name, port, time.perf_counter() - began, process.pid)
+    except Hung:
+        alive = "answers" if answers(port, "/ping") else "does not answer"
+        process.send_signal(signal.SIGABRT)  # vserve writes the stacks of its threads then
+        process.wait(20)
+        print(f"{name} hangs and {alive} /ping:\n{log_path.read_text()[-6000:]}", file=sys.stderr)
+        raise
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
@@ -161,8 +169,12 @@ def measure(target: Target, load: Load, seed: int) -> Round:
     return Round(samples, max(wall for _, wall in done), seconds)
 
 
+class Hung(SystemExit):
+    """A round did not end."""
+
+
 class Child(Generic[T]):
-    """One call in a process of its own.  No multiprocessing.Pool: ending one now and then never returns."""
+    """One call in a process of its own: simpler to wait for, with a limit, than a pool of them."""
 
     def __init__(self, call: Callable[..., T], *args: object) -> None:
         context = multiprocessing.get_context("fork")
@@ -172,7 +184,9 @@ class Child(Generic[T]):
         theirs.close()
 
     def result(self) -> T:
-        """What the call returned; SystemExit where the process has ended without."""
+        """What the call returned; SystemExit where the process has ended without, Hung where it does not end."""
+        if not self._results.poll(ROUND_LIMIT_S):
+            raise Hung(f"a client process has no result after {ROUND_LIMIT_S:g} s")
         try:
             result: T = self._results.recv()
         except EOFError:
