@@ -110,6 +110,7 @@ class _Service:
                 version=__version__,
                 api_keys=config.api_key,
                 strict=config.strict,
+                docs=not config.disable_docs,
                 keep_alive_s=config.sse_ping_s,
                 request_timeout_s=config.request_timeout_s,
                 stall_timeout_s=config.stall_timeout_s,

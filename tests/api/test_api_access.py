@@ -248,3 +248,12 @@ def test_a_request_refused_for_another_reason_costs_no_rate() -> None:
         head = {"authorization": "Bearer once"}
         assert requests.get(f"{stand.url}/load", headers=head, timeout=10).status_code == 200
         assert requests.get(f"{stand.url}/load", headers=head, timeout=10).status_code == 429
+
+
+def test_a_key_may_come_in_the_header_x_api_key_and_authorization_wins_over_it() -> None:
+    with standing(api_keys=("secret",)) as stand:
+        assert stand.get("/v1/models", x_api_key="secret").status_code == 200
+        assert stand.get("/v1/models", x_api_key="other").status_code == 401
+        assert stand.get("/v1/models", x_api_key="secret", authorization="Bearer other").status_code == 401
+        assert stand.get("/v1/models", x_api_key="other", authorization="Bearer secret").status_code == 200
+        assert stand.post("/v1/chat/completions", CHAT, x_api_key="secret").status_code == 200

@@ -164,6 +164,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.promise("fault: exploding grammar", "input: exploding schema")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_source_is_refused_with_a_reason_and_the_next_one_compiles(grammars: Grammars, name: str) -> None:
     with pytest.raises(BadRequest) as caught:

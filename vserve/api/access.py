@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from vserve.errors import PermissionDenied, RateLimited, StartupError, Unauthorized
+from vserve.http.events import Headers
 
 METRICS = "metrics"
 SCOPES = frozenset({"infer", "admin", METRICS})
@@ -128,6 +129,14 @@ class Keys:
         if found is None:
             raise Unauthorized("The API key is not valid.")
         return found
+
+
+def credentials(headers: Headers) -> str | None:
+    """What a request shows for itself, as an Authorization value; the header x-api-key is another way to send a key."""
+    given = headers.get("authorization")
+    if given is None and (key := headers.get("x-api-key")) is not None:
+        return f"Bearer {key}"
+    return given
 
 
 def digest(key: str) -> bytes:

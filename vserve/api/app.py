@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from vserve.api.access import Keys
+from vserve.api.access import Keys, credentials
 from vserve.api.defaults import Defaults
 from vserve.api.encoder import EncoderModel, EncoderServed
 from vserve.api.keepalive import KeepAlive
@@ -28,6 +28,7 @@ from vserve.http.exchange import Exchange
 from vserve.http.site import AccessEntry
 from vserve.observe.heartbeat import Heartbeat
 from vserve.observe.metrics import EngineSeries, Metrics
+from vserve.scale.workers import LocalWorker, Workers
 from vserve.text.grammar import HELPERS, Grammar, Grammars, why_none
 from vserve.text.grammar_spec import GrammarSpec
 from vserve.text.habits import Habits, habits_of
@@ -46,7 +47,7 @@ _REFUSED = {401: "unauthorized", 403: "forbidden", 429: "overloaded"}
 class Options:
     """What the operator chose.  Times in seconds.
 
-    long_text_chars: texts longer than this are rendered and tokenised off the loop.
+    docs: /openapi.json is served.  long_text_chars: texts longer than this are rendered and tokenised off the loop.
     tool_call_parser, reasoning_parser: the flags' values; "auto" is what the chat template shows.
     max_sequences: most choices of one request, over all its prompts.
     """
@@ -54,6 +55,7 @@ class Options:
     version: str
     api_keys: tuple[str, ...] = ()
     strict: bool = False
+    docs: bool = True
     keep_alive_s: float = 15.0
     request_timeout_s: float | None = None
     stall_timeout_s: float = 60.0
@@ -113,6 +115,11 @@ class Served:
     created_s: int
     embedding: tuple[str, ...] = ()
 
+    @property
+    def vocab_size(self) -> int:
+        """The width of the model's output: every id of a request is below it."""
+        return self.model.vocab_size
+
     def name(self, asked: str | None) -> str:
         """The served name a request means.
 
@@ -149,6 +156,7 @@ class App:
         self.usage = Usage()
         self.metrics = Metrics()
         self.replies: set[Ending] = set()
+        self.workers: Workers = LocalWorker()
         self._pool = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         # Apart from the other: a grammar may take seconds, and most of them in a process of its own.
         self._compilers = ThreadPoolExecutor(HELPERS, thread_name_prefix="grammar")
@@ -330,5 +338,5 @@ class App:
 
     def salt(self, exchange: Exchange, asked: str | None) -> bytes:
         """The prefix-cache salt of this request: the caller's own, then the one it asked for."""
-        own = self.keys.salt(exchange.request.headers.get("authorization"))
+        own = self.keys.salt(credentials(exchange.request.headers))
         return own if asked is None else own + asked.encode("utf-8", "surrogatepass")

@@ -10,9 +10,9 @@ from functools import partial
 
 import orjson
 
-from vserve.api import body
 from vserve.api.answering import answering, for_template, with_effort
 from vserve.api.app import App, Served
+from vserve.api.asked import checked
 from vserve.api.choice import Choice
 from vserve.api.fields import without_effect
 from vserve.api.generation import Order, Prompt, generate, reply_head
@@ -41,9 +41,7 @@ class Chat:
         """Answer one request.  Raises ApiError while nothing has been sent."""
         app = self._app
         served = app.served
-        request = exchange.request
-        fields = body.read(request.body, request.headers.get("content-type"))
-        asked = parse_chat(fields, served.model.vocab_size, app.options.strict)
+        asked = await checked(app, served, exchange, parse_chat)
         order = await prepare(app, served, asked)
         head = reply_head(served, exchange, order.wanted, "chatcmpl-")
         text = TokenText(served.model.tokenizer, order.wanted.tokens_as_ids)

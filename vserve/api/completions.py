@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import orjson
 
-from vserve.api import body
 from vserve.api.app import App, Served
+from vserve.api.asked import checked
 from vserve.api.choice import Choice
 from vserve.api.generation import Order, Prompt, generate, reply_head
 from vserve.api.reply import CountsNow
@@ -31,20 +31,23 @@ class Completions:
         """Answer one request.  Raises ApiError while nothing has been sent."""
         app = self._app
         served = app.served
-        request = exchange.request
-        fields = body.read(request.body, request.headers.get("content-type"))
-        asked = parse_completion(fields, served.model.vocab_size, app.options.strict)
+        asked = await checked(app, served, exchange, parse_completion)
         wanted = asked.wanted
         head = reply_head(served, exchange, wanted, "cmpl-")
-        order = Order(
-            wanted=wanted,
-            prompts=await _prompts(app, served, asked),
-            default_max_tokens=DEFAULT_MAX_TOKENS,
-            continuation=True,
-            prompt_logprobs=asked.scored,
-        )
+        order = await prepare(app, served, asked)
         text = TokenText(served.model.tokenizer, wanted.tokens_as_ids)
         return await generate(app, served, exchange, order, CompletionDialect(head, wanted, text, echo=asked.echo))
+
+
+async def prepare(app: App, served: Served, asked: CompletionRequest) -> Order:
+    """What is to be generated for prompts.  Raises BadRequest."""
+    return Order(
+        wanted=asked.wanted,
+        prompts=await _prompts(app, served, asked),
+        default_max_tokens=DEFAULT_MAX_TOKENS,
+        continuation=True,
+        prompt_logprobs=asked.scored,
+    )
 
 
 async def _prompts(app: App, served: Served, asked: CompletionRequest) -> list[Prompt]:
@@ -56,7 +59,7 @@ async def _prompts(app: App, served: Served, asked: CompletionRequest) -> list[P
         if isinstance(prompt, str):
             prompts.append(Prompt(next(encoded), path, prompt if asked.echo else ""))
         else:
-            prompts.append(Prompt(prompt, path, served.model.tokenizer.decode(prompt) if asked.echo else ""))
+            prompts.append(Prompt(prompt, path, await decode(app, served, prompt) if asked.echo else ""))
     return prompts
 
 
@@ -68,6 +71,14 @@ async def encode(app: App, served: Served, texts: Sequence[str], add_special: bo
     if sum(map(len, texts)) <= app.options.long_text_chars:
         return tokenizer.encode_batch(texts, add_special=add_special)
     return await app.off_loop(lambda: tokenizer.encode_batch(texts, add_special=add_special))
+
+
+async def decode(app: App, served: Served, ids: Sequence[int], *, skip_special: bool = False) -> str:
+    """The text of ids, off the loop when there are many."""
+    tokenizer = served.model.tokenizer
+    if len(ids) <= app.options.long_text_chars:
+        return tokenizer.decode(ids, skip_special=skip_special)
+    return await app.off_loop(lambda: tokenizer.decode(ids, skip_special=skip_special))
 
 
 class CompletionDialect:

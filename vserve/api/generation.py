@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from vserve.api.app import App, Served
 from vserve.api.choice import Choice, Reading, Splitting
-from vserve.api.reply import Dialect, Headers, Reply, WholeReply
+from vserve.api.reply import OPENAI, Dialect, Framing, Headers, WholeReply
 from vserve.api.requests import Wanted
 from vserve.api.shapes import Head
 from vserve.api.stream import StreamReply
@@ -110,17 +110,20 @@ def reply_head(served: Served, exchange: Exchange, wanted: Wanted, prefix: str) 
     )
 
 
-async def generate(app: App, served: Served, exchange: Exchange, order: Order, dialect: Dialect) -> Response | None:
+async def generate(
+    app: App, served: Served, exchange: Exchange, order: Order, dialect: Dialect, framing: Framing = OPENAI
+) -> Response | None:
     """Generate all choices and answer the exchange.  Raises ApiError while nothing has been sent."""
-    wanted = order.wanted
+    wanted, bridge = order.wanted, served.model.bridge
     grammar = None if wanted.grammar is None else await app.compiled(served, wanted.grammar, wanted.grammar_field)
     bad_words = await _bad_words(app, served, wanted.bad_words)
     choices = _choices(app, served, exchange, order, Limited(grammar, bad_words))
     if exchange.gone:
         return None
-    kind = StreamReply if wanted.stream else WholeReply
-    reply: Reply = kind(app, served.model.bridge, exchange, dialect, choices, ignored_header(wanted.ignored))
-    return await reply.run()
+    headers = ignored_header(wanted.ignored)
+    if wanted.stream:
+        return await StreamReply(app, bridge, exchange, dialect, choices, headers, framing).run()
+    return await WholeReply(app, bridge, exchange, dialect, choices, headers).run()
 
 
 @dataclass(frozen=True, slots=True)

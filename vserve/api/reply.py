@@ -9,7 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
+
+import orjson
 
 from vserve.api.app import App
 from vserve.api.choice import Choice
@@ -17,6 +20,7 @@ from vserve.api.shapes import Counts, Piece, server_timing
 from vserve.bridge import Bridge
 from vserve.engine.request import FinishReason, GenRequest
 from vserve.errors import ApiError, DeadlineExceeded, InternalError
+from vserve.http import sse
 from vserve.http.exchange import Exchange, Response
 
 Headers = tuple[tuple[str, str], ...]
@@ -40,6 +44,21 @@ class Dialect(Protocol):
 
     def whole(self, pieces: Sequence[tuple[Choice, Piece]], counts: Counts) -> bytes:
         """The body of a reply that is not streamed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """What a stream sends that is no part of the answer.
+
+    quiet: keeps a silent stream alive.  done: after the last event.  failure: an error, for the exchange of that id.
+    """
+
+    quiet: bytes
+    done: bytes
+    failure: Callable[[ApiError, str], bytes]
+
+
+OPENAI = Framing(sse.COMMENT, sse.DONE, lambda error, _: sse.frame(orjson.dumps(error.body())))
 
 
 class Reply:

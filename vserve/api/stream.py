@@ -14,7 +14,7 @@ import orjson
 
 from vserve.api.app import App
 from vserve.api.choice import Choice
-from vserve.api.reply import Dialect, Headers, Reply
+from vserve.api.reply import OPENAI, Dialect, Framing, Headers, Reply
 from vserve.bridge import Bridge
 from vserve.engine.request import FinishReason
 from vserve.errors import ApiError, InternalError
@@ -48,8 +48,10 @@ class StreamReply(Reply):
         dialect: Dialect,
         choices: Sequence[Choice],
         headers: Headers,
+        framing: Framing = OPENAI,
     ) -> None:
         super().__init__(app, bridge, exchange, dialect, choices, headers)
+        self._framing = framing
         self._flow = Flow.WAITING
         self._spoke = True
         self._held: dict[Choice, None] = {}  # a set in order: choices that have something to send
@@ -79,7 +81,7 @@ class StreamReply(Reply):
 
     def end(self) -> None:
         exchange = self.exchange
-        exchange.write(self._dialect.ending(self.counts) + sse.DONE)
+        exchange.write(self._dialect.ending(self.counts) + self._framing.done)
         self._flow = Flow.ENDED
         super().end()
         exchange.end()
@@ -89,7 +91,7 @@ class StreamReply(Reply):
             super().report(error)
             return
         self._flow = Flow.ENDED
-        self.exchange.write(sse.frame(orjson.dumps(error.body())) + sse.DONE)
+        self.exchange.write(self._framing.failure(error, self.exchange.id) + self._framing.done)
         self.exchange.end()
         self._wake()
 
@@ -103,7 +105,7 @@ class StreamReply(Reply):
             self._spoke = False
         elif self.exchange.writable:  # a full buffer is not silence
             self._start()
-            self.exchange.write(sse.COMMENT)
+            self.exchange.write(self._framing.quiet)
 
     def _start(self) -> None:
         if self._flow is Flow.WAITING:
