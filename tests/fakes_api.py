@@ -114,12 +114,18 @@ def parse_events(text: str) -> list[Any]:
     for block in text.split("\n\n")[:-1]:
         if block.startswith(":"):
             continue
+        block = without_id(block)
         name, _, data = block.rpartition("data: ")
         assert name == "" or name.startswith("event: "), block
         events.append(data if data == "[DONE]" else json.loads(data))
         if name:
             assert events[-1]["type"] == name.removeprefix("event: ").strip()
     return events
+
+
+def without_id(block: str) -> str:
+    """An event less its id line."""
+    return block.partition("\n")[2] if block.startswith("id: ") else block
 
 
 def options(**changes: object) -> Options:

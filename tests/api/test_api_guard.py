@@ -19,7 +19,7 @@ from vserve.http.site import AccessEntry
 
 KEY, PROMPT = "sk-the-secret-key", "the-secret-prompt"
 OPEN_ROUTES = {"ping", "health", "ready", "live", "startup", "version", "openapi"}
-"""All that answers without a key: probes, which tell no more than how the server is, its version and its description."""
+"""All that answers without a key: probes, which tell no more than how the server is, its version, its description."""
 
 
 REFUSED = ("AuthenticationError", "authentication_error")

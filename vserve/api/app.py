@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from vserve.api.access import Keys, credentials
+from vserve.api.access import Key, Keys, credentials
 from vserve.api.defaults import Defaults
 from vserve.api.encoder import EncoderModel, EncoderServed
 from vserve.api.keepalive import KeepAlive
@@ -23,6 +23,7 @@ from vserve.api.load import Usage
 from vserve.api.meter import SeriesMeter, engine_now
 from vserve.api.status import Lifecycle, Status
 from vserve.api.tracing import Exporter, Tracing
+from vserve.api.trail import Trails
 from vserve.bridge import Bridge
 from vserve.errors import ApiError, BadRequest, NotFound, RateLimited, Unavailable, shorten
 from vserve.http.exchange import Exchange
@@ -52,6 +53,7 @@ class Options:
     rca: the routes under /debug are served.  rca_traces, rca_trace_bytes: bounds of the traces kept for them.
     settings: what the server was started with, as JSON has it and without secrets, for them.
     docs: /openapi.json is served.  long_text_chars: texts longer than this are rendered and tokenised off the loop.
+    resume_s, resume_streams, resume_bytes: how long, and how many, broken streams can be gone on with.
     tool_call_parser, reasoning_parser: the flags' values; "auto" is what the chat template shows.
     max_sequences: most choices of one request, over all its prompts.
     """
@@ -72,6 +74,9 @@ class Options:
     max_queued_tokens: int = 2**20
     max_sequences: int = 1024
     long_text_chars: int = 8192
+    resume_s: float = 60.0
+    resume_streams: int = 1024
+    resume_bytes: int = 64 * 2**20
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
 
@@ -177,6 +182,7 @@ class App:
         self.keys = Keys(options.api_keys)
         self.keep_alive = KeepAlive(options.keep_alive_s)
         self.usage = Usage()
+        self.trails = Trails(options.resume_s, options.resume_streams, options.resume_bytes)
         self.metrics = Metrics()
         if self.tracing is not None:
             self.tracing.show(self.metrics)
@@ -243,6 +249,7 @@ class App:
         if self.life.can(Status.STOPPED):
             self.life.to(Status.STOPPED)
         self.keep_alive.close()
+        self.trails.close()
         self.metrics.timer.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._compilers.shutdown(wait=False, cancel_futures=True)
@@ -351,6 +358,10 @@ class App:
     async def off_loop(self, work: Callable[[], T]) -> T:
         """Run work in the pool for long texts."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def caller(self, exchange: Exchange) -> Key | None:
+        """Whose key came with this request; None when no keys are configured."""
+        return self.keys.caller(credentials(exchange.request.headers))
 
     async def compiled(self, served: Served, spec: GrammarSpec, path: str) -> Grammar:
         """The grammar of spec, which came in the field path.  Raises BadRequest with the reason why there is none."""
