@@ -73,8 +73,8 @@ class Meter(Protocol):
 class Tracer(Protocol):
     """Follows the sequences whose requests are traced, and no others.  Called on L only; must not raise."""
 
-    def sink(self, request: GenRequest, sink: TokenSink) -> TokenSink:
-        """What takes the tokens of a submitted request in sink's place; it hands them on."""
+    def sink(self, request: GenRequest, sink: TokenSink, queued_s: float) -> TokenSink:
+        """What takes the tokens of a request, submitted at queued_s, in sink's place; it hands them on."""
 
     def ended(self, request_id: RequestId, end: Ended) -> None:
         """Such a sequence has ended; once for each."""
@@ -148,9 +148,10 @@ class Bridge:
         """
         if self._death is not None:
             raise Unavailable("The engine has stopped; the server is shutting down.")
+        queued_s = self._clock() if request.traced else 0.0  # now: the engine may see it before the next line
         self._inbox.put(request)
         if request.traced and self.tracer is not None:
-            sink = self.tracer.sink(request, sink)
+            sink = self.tracer.sink(request, sink, queued_s)
         self._streams[request.id] = _Stream(request, sink)
 
     def cancel(self, request_id: RequestId, reason: FinishReason = FinishReason.CANCELLED) -> None:

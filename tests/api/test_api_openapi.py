@@ -312,6 +312,11 @@ REPLIES: list[tuple[str, str, dict[str, Any] | None]] = [
     ("Tokenized", "/tokenize", {"prompt": []}),
     ("Tokenized", "/tokenize", {"messages": HI}),
     ("Detokenized", "/detokenize", {"tokens": [104, 105]}),
+    ("DebugVersion", "/debug/version", None),
+    ("DebugStats", "/debug/stats", None),
+    ("DebugCache", "/debug/cache_stats", None),
+    ("DebugTraces", "/debug/traces", None),
+    ("DebugTraces", "/debug/traces?format=chrome", None),
 ]
 
 

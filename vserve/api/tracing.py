@@ -81,14 +81,14 @@ class Tracing:
         if choice is not None:
             self._choices[request_id] = (trace, choice)
 
-    def sink(self, request: GenRequest, sink: TokenSink) -> TokenSink:
+    def sink(self, request: GenRequest, sink: TokenSink, queued_s: float) -> TokenSink:
         """See bridge.Tracer."""
         found = self._choices.get(request.id)
         if found is None:  # one of too many choices, or its exchange has ended
             return sink
         trace, choice = found
         trace.open += 1
-        choice.queued_s = self._clock()
+        choice.queued_s = queued_s
         return _TracedSink(sink, choice, self._clock)
 
     def ended(self, request_id: RequestId, end: Ended) -> None:
