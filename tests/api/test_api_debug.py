@@ -87,9 +87,10 @@ def test_only_keys_with_the_scope_admin_are_let_in() -> None:
 
 
 def test_figures_are_the_engines_own() -> None:
-    with standing(says("a"), rca=True, engine={"step_s": 0.002}) as stand:
+    with standing(says("a"), rca=True, engine={"step_s": 0.002}, context=2**20) as stand:
         with requests.post(stand.url + CHAT, json={"messages": HI, "stream": True}, stream=True, timeout=30) as open_:
-            next(open_.iter_content(1))
+            body = open_.iter_content(1)  # kept: without it the connection is closed
+            next(body)
             stats, cache = stand.get("/debug/stats").json(), stand.get("/debug/cache_stats").json()
             assert stats["num_running_requests"] == 1
             assert stats["gpu_cache_usage"] == 0.01
@@ -222,7 +223,7 @@ def test_a_client_that_leaves_is_noted_with_what_it_got() -> None:
 
 
 def test_a_dying_engine_leaves_traces_of_what_it_took_along() -> None:
-    with standing(says("a"), rca=True, engine={"step_s": 0.002}) as stand:
+    with standing(says("a"), rca=True, engine={"step_s": 0.002}, context=2**20) as stand:
         with requests.post(stand.url + CHAT, json={"messages": HI, "stream": True}, stream=True, timeout=30) as open_:
             body = open_.iter_content(1)
             next(body)
