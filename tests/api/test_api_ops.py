@@ -240,3 +240,19 @@ def test_load_counts_replies_under_way() -> None:
         stand.engine.running.set()
         read_reply(peer)
         assert get(stand, "/load").json()["server_load"] == 0
+
+
+def test_load_and_metrics_say_the_same_utilisation_the_drivers_where_there_is_one(stand: Stand) -> None:
+    def scraped() -> float:
+        lines = get(stand, "/metrics").text.splitlines()
+        (line,) = [line for line in lines if line.startswith("vllm_gpu_utilization{")]
+        return float(line.rsplit(" ", 1)[1])
+
+    readings: list[float | None] = [0.75, 0.75, None, None]
+    stand.app.metrics.gpu = lambda: readings.pop(0)
+    try:
+        assert (get(stand, "/load").json()["gpu_utilization"], scraped()) == (0.75, 0.75)
+        failed = get(stand, "/load").json()["gpu_utilization"], scraped()  # then the engine's own, as without a GPU
+        assert failed == pytest.approx((stand.call(stand.app.usage.utilization),) * 2, abs=0.01)
+    finally:
+        stand.app.metrics.gpu = None

@@ -6,6 +6,7 @@ Every handler but metrics answers within data_received and waits for nothing.  E
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 
 import orjson
 
@@ -51,15 +52,22 @@ class Ops:
         """200 once the start is over, whatever came after."""
         return self._report(self._app.status not in (Status.STARTING, Status.DEAD))
 
-    def load(self, exchange: Exchange) -> Response:
-        """How much there is to do and how busy the engine has been."""
+    def load(self, exchange: Exchange) -> Response | Awaitable[Response]:
+        """How much there is to do and how busy the GPU is; without one, how busy the engine has been."""
+        gpu = self._app.metrics.gpu
+        return self._load(None) if gpu is None else self._load_of(gpu)
+
+    async def _load_of(self, gpu: Callable[[], float | None]) -> Response:
+        return self._load(await self._app.off_loop(gpu))  # the driver may take a millisecond
+
+    def _load(self, busy: float | None) -> Response:
         app = self._app
         served = app.loaded
         figures: dict[str, object] = {
             "server_load": len(app.replies),
             "queue_size": 0,
             "active_workers": 0,
-            "gpu_utilization": round(app.usage.utilization(), 4),
+            "gpu_utilization": round(app.usage.utilization() if busy is None else busy, 4),
         }
         if served is not None:
             stats = served.model.bridge.stats

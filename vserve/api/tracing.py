@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import orjson
@@ -16,7 +16,7 @@ import orjson
 from vserve.bridge import Ended, TokenSink
 from vserve.engine.request import Emit, GenRequest, RequestId
 from vserve.errors import EngineDied
-from vserve.http.exchange import Exchange, Handler
+from vserve.http.exchange import Exchange, Handler, Response
 from vserve.http.site import AccessEntry
 from vserve.observe.metrics import Exported, Metrics
 from vserve.observe.trace import ID_CHARS, ChoiceTrace, Kept, Trace, TraceRing, parent_of
@@ -67,13 +67,13 @@ class Tracing:
     def handler(self, handler: Handler, route: str) -> Handler:
         """The handler of a route whose requests are traced from now on."""
 
-        def traced(exchange: Exchange) -> object:
+        def traced(exchange: Exchange) -> Response | Awaitable[Response | None] | None:
             head = exchange.head
             parent = parent_of(head.headers.find("traceparent"))
             exchange.note = Trace(exchange.id, route, head.method, exchange.received_s, self._clock(), parent)
             return handler(exchange)
 
-        return traced  # type: ignore[return-value]  # it returns whatever kind of result handler has
+        return traced
 
     def expect(self, trace: Trace, request_id: RequestId, prompt_tokens: int) -> None:
         """A sequence of that id will be submitted for the trace's request."""

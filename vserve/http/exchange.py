@@ -221,4 +221,4 @@ SyncHandler = Callable[[Exchange], Response | None]
 AsyncHandler = Callable[[Exchange], Awaitable[Response | None]]
 """Runs as one task; None as for SyncHandler."""
 
-Handler = SyncHandler | AsyncHandler
+Handler = Callable[[Exchange], Response | Awaitable[Response | None] | None]
