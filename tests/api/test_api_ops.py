@@ -256,3 +256,18 @@ def test_load_and_metrics_say_the_same_utilisation_the_drivers_where_there_is_on
         assert failed == pytest.approx((stand.call(stand.app.usage.utilization),) * 2, abs=0.01)
     finally:
         stand.app.metrics.gpu = None
+
+
+@pytest.mark.parametrize("path", ["/health", "/health/ready", "/readyz", "/livez", "/startupz"])
+def test_a_probe_tells_phase_progress_and_the_age_of_the_last_beat(path: str) -> None:
+    with standing(ready=False) as stand:
+        first = get(stand, path).json()
+        assert (first["phase"], first["progress"], first["heartbeat_age_s"]) == ("starting", None, None)
+        stand.app.starting("loading weights", 0.5)
+        assert get(stand, path).json()["progress"] == 0.5
+    with standing() as stand:
+        for phase, act in (("ready", lambda: None), ("draining", stand.app.drain)):
+            stand.call(act)
+            told = get(stand, path).json()
+            assert (told["phase"], told["progress"]) == (phase, 1.0)
+            assert 0.0 <= told["heartbeat_age_s"] < 60.0

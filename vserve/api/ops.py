@@ -104,9 +104,9 @@ class Ops:
         app = self._app
         status, served = app.status, app.loaded
         fields: dict[str, object] = {"status": "ok" if good else "unavailable", "phase": app.life.phase}
-        if status is Status.STARTING:
-            share = app.life.stage.share
-            fields["progress"] = None if share is None else round(share, 4)
+        share = app.life.stage.share if status is Status.STARTING else 1.0
+        fields["progress"] = None if share is None or status is Status.DEAD else round(share, 4)
+        fields["heartbeat_age_s"] = None  # until there is an engine
         if served is not None:
             stats = served.model.bridge.stats
             bound_s = app.options.stall_timeout_s

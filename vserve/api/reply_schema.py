@@ -54,10 +54,8 @@ _CALL_DELTA = record(
 )
 _REASONING: Schema = {"reasoning": or_null(STRING), "reasoning_content": or_null(STRING)}
 _PROBE: Schema = record(
-    {"status": STRING, "phase": STRING},
+    {"status": STRING, "phase": STRING, "progress": or_null(NUMBER), "heartbeat_age_s": or_null(NUMBER)},
     {
-        "progress": or_null(NUMBER),
-        "heartbeat_age_s": NUMBER,
         "reason": or_null(STRING),
         "running": COUNT,
         "waiting": COUNT,
