@@ -244,6 +244,14 @@ def test_nothing_is_kept_of_requests_that_have_ended(stand: Stand) -> None:
     assert stand.call(lambda: dict(tracing._choices)) == {}
 
 
+def test_prompts_count_once_and_answers_each_however_many_there_are(stand: Stand) -> None:
+    reply = stand.post("/v1/completions", {"prompt": ["ab", "cde"], "n": 20, "max_tokens": 3}, x_request_id="many")
+    found, usage = trace(stand, "many"), reply.json()["usage"]
+    assert found["prompt_tokens"] == usage["prompt_tokens"]
+    assert found["completion_tokens"] == usage["completion_tokens"] == 120
+    assert (len(found["choices"]), found["choices_left_out"]) == (32, 8)
+
+
 KEY, OTHER_KEY, WRONG = "sk-planted-key", "sk-planted-other", "sk-planted-wrong"
 PROMPT, ANSWER = "zwetschge kirsche", "quitte mispel"
 PLANTED = (KEY, OTHER_KEY, WRONG, *PROMPT.split(), *ANSWER.split())

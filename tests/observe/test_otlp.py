@@ -54,7 +54,7 @@ def test_a_request_is_one_span_under_the_callers(collector: Collector) -> None:
     assert found["gen_ai.operation.name"] == "chat"
     assert found["gen_ai.request.model"] == found["gen_ai.response.model"] == "m"
     assert found["gen_ai.request.id"] == "req-1"
-    assert found["gen_ai.usage.prompt_tokens"] == found["gen_ai.usage.input_tokens"] == 40
+    assert found["gen_ai.usage.prompt_tokens"] == found["gen_ai.usage.input_tokens"] == 20
     assert found["gen_ai.usage.completion_tokens"] == found["gen_ai.usage.output_tokens"] == 3
     assert found["gen_ai.usage.num_sequences"] == 2
     assert found["gen_ai.response.finish_reasons"] == ["stop", "abort"]
@@ -69,6 +69,7 @@ def test_a_request_is_one_span_under_the_callers(collector: Collector) -> None:
 def test_what_is_not_known_is_left_out() -> None:
     trace = traced()
     trace.choices.clear()
+    trace.prompt_tokens = 0
     trace.model = trace.reply_id = None
     found = attributes_of(trace.record())
     assert None not in found.values()
@@ -145,7 +146,15 @@ def test_an_endpoint_without_a_path_gets_the_usual_one(given: str, meant: str) -
 
 
 @pytest.mark.parametrize(
-    "given", ["collector:4317", "grpc://collector:4317", "http://", "http://collector:port", "http://me:word@collector"]
+    "given",
+    [
+        "collector:4317",
+        "grpc://collector:4317",
+        "http://",
+        "http://collector:port",
+        "http://me:word@collector",
+        "http://collector/v1/traces?key=word",
+    ],
 )
 def test_what_is_no_endpoint_ends_the_start_and_is_not_repeated(given: str) -> None:
     with pytest.raises(StartupError, match="--otlp-traces-endpoint") as caught:

@@ -101,6 +101,7 @@ def traced() -> Trace:
         first.gaps.add(gap_s)
     second.queued_s, second.ended_s, second.finish_reason = 10.002, 10.090, "abort"
     trace.ended_s, trace.status, trace.bytes_written = 10.091, 200, 1234
+    trace.prompt_tokens, trace.completion_tokens = 20, 3
     return trace
 
 

@@ -213,6 +213,8 @@ def _choices(app: App, served: Served, exchange: Exchange, order: Order, limited
     scores = 0
     for prompt in order.prompts:
         ids, max_tokens = fit(prompt, order, model.max_model_len)
+        if trace is not None:
+            trace.prompt_tokens += len(ids)
         if order.prompt_logprobs is not None:
             scores += len(ids) * wanted.n * (order.prompt_logprobs + 1)
             if scores > MAX_SCORES:

@@ -378,6 +378,8 @@ SCHEMAS: Final[dict[str, Schema]] = {
             "status": or_null({"type": "integer"}),
             "client_gone": BOOL,
             "bytes_written": COUNT,
+            "prompt_tokens": COUNT,
+            "completion_tokens": COUNT,
             "choices": many(ref("DebugChoice")),
             "choices_left_out": COUNT,
         }

@@ -14,7 +14,7 @@ from typing import Protocol
 import orjson
 
 from vserve.bridge import Ended, TokenSink
-from vserve.engine.request import Emit, GenRequest, RequestId
+from vserve.engine.request import Emit, GenRequest, RequestId, Timing
 from vserve.errors import EngineDied
 from vserve.http.exchange import Exchange, Handler, Response
 from vserve.http.site import AccessEntry
@@ -54,7 +54,7 @@ class Tracing:
         self.ring = ring
         self._exporter = exporter
         self._clock = clock
-        self._choices: dict[RequestId, tuple[Trace, ChoiceTrace]] = {}  # expected or under way
+        self._choices: dict[RequestId, tuple[Trace, ChoiceTrace | None]] = {}  # expected or under way
 
     def show(self, metrics: Metrics) -> None:
         """Have the counts shown there."""
@@ -77,17 +77,17 @@ class Tracing:
 
     def expect(self, trace: Trace, request_id: RequestId, prompt_tokens: int) -> None:
         """A sequence of that id will be submitted for the trace's request."""
-        choice = trace.choice(request_id, prompt_tokens)
-        if choice is not None:
-            self._choices[request_id] = (trace, choice)
+        self._choices[request_id] = (trace, trace.choice(request_id, prompt_tokens))
 
     def sink(self, request: GenRequest, sink: TokenSink, queued_s: float) -> TokenSink:
         """See bridge.Tracer."""
         found = self._choices.get(request.id)
-        if found is None:  # one of too many choices, or its exchange has ended
+        if found is None:  # its exchange has ended
             return sink
         trace, choice = found
         trace.open += 1
+        if choice is None:
+            return sink
         choice.queued_s = queued_s
         return _TracedSink(sink, choice, self._clock)
 
@@ -97,17 +97,13 @@ class Tracing:
         if found is None:
             return
         trace, choice = found
-        choice.ended_s = self._clock()
-        choice.finish_reason = end.reason.value
-        timing = end.timing
-        if timing is not None:
-            choice.preemptions = timing.preemptions
-            choice.preempted_s = timing.preempted_s
-            choice.chunks = timing.chunks
-            choice.chunks_left_out = timing.chunks_left_out
-            if timing.chunks:
-                choice.scheduled_s = timing.scheduled_s
         trace.open -= 1
+        trace.completion_tokens += end.tokens
+        if choice is not None:
+            choice.ended_s = self._clock()
+            choice.finish_reason = end.reason.value
+            if end.timing is not None:
+                _take(choice, end.timing)
         self._settle(trace)
 
     def exchanged(self, entry: AccessEntry) -> None:
@@ -126,8 +122,8 @@ class Tracing:
         """Let go of a trace of which nothing more will be heard."""
         if trace.open or not trace.over:
             return
-        for choice in trace.choices:  # those that were never submitted
-            self._choices.pop(RequestId(choice.id), None)
+        for id in trace.expected:  # those that were never submitted
+            self._choices.pop(RequestId(id), None)
         record = trace.record()
         if self.ring is not None:
             ids = {trace.id[:ID_CHARS], trace.trace_id, *(str(choice.id) for choice in trace.choices)}
@@ -136,6 +132,16 @@ class Tracing:
             self.ring.add(Kept(frozenset(ids), orjson.dumps(record)))
         if self._exporter is not None and trace.sampled:
             self._exporter.offer(record)
+
+
+def _take(choice: ChoiceTrace, timing: Timing) -> None:
+    """What the engine has noted of the choice."""
+    choice.preemptions = timing.preemptions
+    choice.preempted_s = timing.preempted_s
+    choice.chunks = timing.chunks
+    choice.chunks_left_out = timing.chunks_left_out
+    if timing.chunks:
+        choice.scheduled_s = timing.scheduled_s
 
 
 class _TracedSink:

@@ -199,7 +199,7 @@ def checked(endpoint: str) -> str:
         good = False
     if not good:
         raise StartupError("--otlp-traces-endpoint must be a URL such as http://127.0.0.1:4318/v1/traces")
-    if "@" in parts.netloc:  # the URL is shown: in logs, in vserve config
+    if "@" in parts.netloc or parts.query:  # the URL is shown: in logs, in vserve config
         raise StartupError("--otlp-traces-endpoint takes no credentials; OTEL_EXPORTER_OTLP_HEADERS does")
     return endpoint if parts.path.strip("/") else endpoint.rstrip("/") + PATH
 
@@ -210,8 +210,7 @@ def attributes_of(record: Record) -> dict[str, AttributeValue]:
     ended, queued = _ms(record, "ended_ms"), _ms(record, "queued_ms")
     begun, first = _ms(record, "first_scheduled_ms"), _ms(record, "first_token_ms")
     generated = [done for choice in choices if (done := _ms(choice, "ended_ms")) is not None]
-    prompt = sum(int(cast(int, choice["prompt_tokens"])) for choice in choices)
-    completion = sum(int(cast(int, choice["completion_tokens"])) for choice in choices)
+    prompt, completion = record["prompt_tokens"], record["completion_tokens"]
     last = max(generated, default=None)
     found: dict[str, object] = {
         "http.request.method": record["method"],
@@ -228,16 +227,16 @@ def attributes_of(record: Record) -> dict[str, AttributeValue]:
         "gen_ai.request.temperature": record["temperature"],
         "gen_ai.request.top_p": record["top_p"],
         "gen_ai.request.n": record["n"] if choices else None,
+        "gen_ai.usage.prompt_tokens": prompt or None,
+        "gen_ai.usage.input_tokens": prompt or None,
+        "gen_ai.latency.time_in_queue": _seconds(queued, begun),
     }
     if choices:
         found |= {
             "gen_ai.usage.num_sequences": len(choices) + cast(int, record["choices_left_out"]),
-            "gen_ai.usage.prompt_tokens": prompt,
-            "gen_ai.usage.input_tokens": prompt,
             "gen_ai.usage.completion_tokens": completion,
             "gen_ai.usage.output_tokens": completion,
             "gen_ai.response.finish_reasons": [str(one["finish_reason"]) for one in choices if one["finish_reason"]],
-            "gen_ai.latency.time_in_queue": _seconds(queued, begun),
             "gen_ai.latency.time_to_first_token": _seconds(0.0, first),
             "gen_ai.latency.time_in_model_prefill": _seconds(begun, first),
             "gen_ai.latency.time_in_model_decode": _seconds(first, last),

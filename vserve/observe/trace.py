@@ -106,25 +106,24 @@ class ChoiceTrace:
         self.gaps = Gaps()
 
 
-_serials = itertools.count(1)
-
-
 class Trace:
     """One request.  Times are time.monotonic() seconds, None where they never came.
 
-    id: of the exchange; reply_id: of the answer.  open: sequences that have not ended.  over: the exchange has.
+    id: of the exchange; reply_id: of the answer.  prompt_tokens: each prompt counts once.  queued_s, scheduled_s: of
+    work that is no sequence.  expected: ids of its sequences.  open: those that have not ended.  over: the exchange
+    has.
     """
 
     __slots__ = (
-        "admitted_s", "bytes_written", "choices", "choices_left_out", "ended_s", "gone", "id", "max_tokens", "method",
-        "model", "n", "open", "over", "parent", "received_s", "reply_id", "route", "serial", "span_id", "status",
-        "stream", "temperature", "tokenised_s", "top_p", "trace_id", "unix_s",
+        "admitted_s", "bytes_written", "choices", "choices_left_out", "completion_tokens", "ended_s", "expected",
+        "gone", "id", "max_tokens", "method", "model", "n", "open", "over", "parent", "prompt_tokens", "queued_s",
+        "received_s", "reply_id", "route", "scheduled_s", "span_id", "status", "stream", "temperature", "tokenised_s", "top_p",
+        "trace_id", "unix_s",
     )  # fmt: skip
 
     def __init__(
         self, id: str, route: str, method: str, received_s: float, admitted_s: float, parent: Parent | None
     ) -> None:
-        self.serial = next(_serials)
         self.id = id
         self.route = route
         self.method = method
@@ -145,6 +144,11 @@ class Trace:
         self.top_p: float | None = None
         self.choices: list[ChoiceTrace] = []
         self.choices_left_out = 0
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self.queued_s: float | None = None
+        self.scheduled_s: float | None = None
+        self.expected: list[int] = []
         self.open = 0
         self.over = False
         self.status = 0
@@ -152,7 +156,8 @@ class Trace:
         self.gone = False
 
     def choice(self, id: int, prompt_tokens: int) -> ChoiceTrace | None:
-        """A further choice that will be generated; None where there are too many to follow."""
+        """A further choice that will be generated; None where there are too many to follow it in detail."""
+        self.expected.append(id)
         if len(self.choices) >= MOST_CHOICES:
             self.choices_left_out += 1
             return None
@@ -188,13 +193,15 @@ class Trace:
             "received": round(self.unix_s, 6),
             "admitted_ms": after(self.admitted_s),
             "tokenised_ms": after(self.tokenised_s),
-            "queued_ms": after(min(times, default=None)),
-            "first_scheduled_ms": after(min(begun, default=None)),
+            "queued_ms": after(min(times, default=self.queued_s)),
+            "first_scheduled_ms": after(min(begun, default=self.scheduled_s)),
             "first_token_ms": after(min(firsts, default=None)),
             "ended_ms": after(self.ended_s),
             "status": self.status or None,
             "client_gone": self.gone,
             "bytes_written": self.bytes_written,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
             "choices": [self._choice(choice) for choice in self.choices],
             "choices_left_out": self.choices_left_out,
         }
