@@ -115,10 +115,10 @@ class Trace:
     """
 
     __slots__ = (
-        "admitted_s", "bytes_written", "choices", "choices_left_out", "completion_tokens", "ended_s", "expected",
-        "gone", "id", "max_tokens", "method", "model", "n", "open", "over", "parent", "prompt_tokens", "queued_s",
-        "received_s", "reply_id", "route", "scheduled_s", "span_id", "status", "stream", "temperature", "tokenised_s", "top_p",
-        "trace_id", "unix_s",
+        "admitted_s", "bytes_written", "choices", "choices_left_out", "completion_tokens", "ended_s",
+        "expected", "gone", "id", "max_tokens", "method", "model", "n", "open", "over", "parent",
+        "prompt_tokens", "queued_s", "received_s", "reply_id", "route", "scheduled_s", "span_id", "status",
+        "stream", "temperature", "tokenised_s", "top_p", "trace_id", "unix_s",
     )  # fmt: skip
 
     def __init__(
