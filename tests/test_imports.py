@@ -29,8 +29,9 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     ),
     "observe": (frozenset({"errors"}), frozenset({"prometheus_client"})),
     "bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
+    "store": (frozenset({"errors"}), frozenset()),
     "api": (
-        frozenset({"http", "text", "bridge", "engine.policy", "errors", "observe", ""}),
+        frozenset({"http", "text", "bridge", "engine.policy", "errors", "observe", "store", ""}),
         frozenset({"orjson"}),
     ),
 }
