@@ -26,6 +26,8 @@ from vserve.http.exchange import Exchange
 from vserve.http.site import AccessEntry
 from vserve.observe.heartbeat import Heartbeat
 from vserve.observe.metrics import EngineSeries, Metrics
+from vserve.store.memory import MemoryStore
+from vserve.store.record import Store
 from vserve.text.template import ChatTemplate
 from vserve.text.tokenizer import Tokenizer
 
@@ -120,14 +122,18 @@ class Ending(Protocol):
 class App:
     """One server's shared state.  Made before the model; ``ready`` brings the model in."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, store: Store | None = None) -> None:
+        """store: of responses; in memory with the default bounds where none is given."""
         self.options = options
+        self.store = store or MemoryStore()
         self.life = Lifecycle()
         self.keys = Keys(options.api_keys)
         self.keep_alive = KeepAlive(options.keep_alive_s)
         self.usage = Usage()
         self.metrics = Metrics()
+        self.metrics.stored = lambda: self.store.figures
         self.replies: set[Ending] = set()
+        self.tasks: set[asyncio.Task[None]] = set()  # what goes on without a connection
         self._pool = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         self._served: Served | None = None
 
@@ -165,6 +171,11 @@ class App:
         for reply in list(self.replies):
             reply.fail(error)
 
+    async def settle(self, timeout_s: float) -> None:
+        """Wait until nothing goes on without a connection, at most so long."""
+        if self.tasks:
+            await asyncio.wait(set(self.tasks), timeout=timeout_s)
+
     def stopped(self) -> None:
         """The last reply is out: give the threads back."""
         if self.life.can(Status.STOPPED):
@@ -172,6 +183,7 @@ class App:
         self.keep_alive.close()
         self.metrics.timer.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self.store.close()
 
     @property
     def status(self) -> Status:

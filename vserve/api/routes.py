@@ -16,6 +16,7 @@ from vserve.api.chat import Chat
 from vserve.api.completions import Completions
 from vserve.api.models import Models
 from vserve.api.ops import Ops
+from vserve.api.responses import Responses
 from vserve.api.tokens import Tokens
 from vserve.errors import ApiError
 from vserve.http.exchange import Handler, Headers
@@ -54,7 +55,7 @@ class HasHeaders(Protocol):
 
 def table(app: App) -> tuple[Entry, ...]:
     """Every route of the server.  HEAD is served wherever GET is."""
-    ops, models, tokens = Ops(app), Models(app), Tokens(app)
+    ops, models, tokens, responses = Ops(app), Models(app), Tokens(app), Responses(app)
     get, post = ("GET",), ("POST",)
     return (
         Entry("ping", ("GET", "POST"), ("/ping",), ops.ping, OPEN, Need.NOTHING),
@@ -69,6 +70,12 @@ def table(app: App) -> tuple[Entry, ...]:
         Entry("model", get, ("/v1/models/{id:path}",), models.retrieve, INFER, Need.MODEL),
         Entry("chat", post, ("/v1/chat/completions",), Chat(app).create, INFER, Need.ROOM),
         Entry("completions", post, ("/v1/completions",), Completions(app).create, INFER, Need.ROOM),
+        Entry("responses", post, ("/v1/responses",), responses.create, INFER, Need.ROOM),
+        # Nothing is needed of the model: what was stored can be had while it loads and while others drain.
+        Entry("response", get, ("/v1/responses/{id}",), responses.retrieve, INFER, Need.NOTHING),
+        Entry("response_delete", ("DELETE",), ("/v1/responses/{id}",), responses.delete, INFER, Need.NOTHING),
+        Entry("response_cancel", post, ("/v1/responses/{id}/cancel",), responses.cancel, INFER, Need.NOTHING),
+        Entry("response_items", get, ("/v1/responses/{id}/input_items",), responses.input_items, INFER, Need.NOTHING),
         Entry("tokenize", post, ("/tokenize", "/v1/tokenize"), tokens.tokenize, INFER, Need.MODEL),
         Entry("detokenize", post, ("/detokenize", "/v1/detokenize"), tokens.detokenize, INFER, Need.MODEL),
     )

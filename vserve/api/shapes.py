@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import orjson
 
 from vserve.engine.request import FinishReason, Timing, TokenLogprobs
+from vserve.text.parts import Part
 from vserve.text.tokenizer import Tokenizer
 
 LEAST_LOGPROB = -9999.0
@@ -63,7 +64,8 @@ class Counts:
 class Piece:
     """What one choice has to say in one chunk, or in all when the reply is whole.
 
-    offset: characters of the choice's text before this piece.  finish: set on the last piece.
+    offset: characters of the choice's text before this piece.  finish: set on the last piece.  parts: what the text is
+    made of, None when it is all content.
     """
 
     text: str
@@ -72,6 +74,7 @@ class Piece:
     drawn: Sequence[Drawn] = ()
     finish: FinishReason | None = None
     stop_reason: str | int | None = None
+    parts: tuple[Part, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

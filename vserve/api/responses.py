@@ -1,0 +1,241 @@
+"""/v1/responses: create, retrieve, delete, cancel, and list the input.
+
+Owns what each route answers.  Event-loop thread; long conversations are rendered in the pool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Sequence
+
+import orjson
+
+from vserve.api import body
+from vserve.api.app import App, Served
+from vserve.api.chat import prepare
+from vserve.api.generation import Order, choices, ignored_header
+from vserve.api.prompts import Message
+from vserve.api.reply import Headers
+from vserve.api.requests import parse_chat
+from vserve.api.responses_events import Document
+from vserve.api.responses_follow import Follower, Stored
+from vserve.api.responses_items import Item, named
+from vserve.api.responses_job import Job, Ticket
+from vserve.api.responses_request import (
+    ResponseRequest,
+    conversation,
+    own_words,
+    parse,
+    renamed,
+    turns,
+    without_oldest,
+)
+from vserve.api.responses_shelf import Shelf, owner
+from vserve.api.shapes import TokenText, server_timing
+from vserve.errors import BadRequest, Conflict, InternalError, NotFound, shorten
+from vserve.http.exchange import Exchange, Response
+from vserve.store.record import Status
+
+PAGE_LIMIT = 100
+PAGE_DEFAULT = 20
+
+
+class Responses:
+    """The endpoints."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._shelf = Shelf(app.store, app.tasks)
+
+    async def create(self, exchange: Exchange) -> Response | None:
+        """Answer one request.  Raises ApiError while nothing has been sent."""
+        app, served = self._app, self._app.served
+        with own_words():
+            fields = body.read(exchange.request.body, exchange.request.headers.get("content-type"))
+            asked = parse(fields, served.model.vocab_size, app.options.strict)
+        with own_words(asked.source):
+            job, headers = await self._job(exchange, served, asked)
+            if exchange.gone:
+                return None
+            await self._shelf.begin(job)
+        if asked.stream:
+            # As with OpenAI: who leaves the stream of a response that is not in the background cancels it.
+            gone = None if asked.background else job.stop
+            await Follower(exchange, app.keep_alive, job, headers=headers, on_gone=gone).run()
+            return None
+        if asked.background:
+            return Response(200, orjson.dumps(job.now()), headers=headers)
+        return await self._whole(exchange, job, headers)
+
+    async def retrieve(self, exchange: Exchange) -> Response | None:
+        """The response as it is now, or with stream=true its events from the beginning or after starting_after."""
+        with own_words():
+            query, headers = _query(exchange, "stream", "starting_after")
+            stream = _switch(query, "stream")
+            after = _number(query, "starting_after", 0, 2**53, None)
+            if after is not None and not stream:
+                raise BadRequest("`starting_after` needs `stream` to be true.", param="starting_after")
+            found = await self._shelf.find(exchange.params["id"], owner(self._app, exchange))
+        if isinstance(found, Job):
+            if not stream:
+                return Response(200, orjson.dumps(found.now()), headers=headers)
+            source: Job | Stored = found
+        elif not stream:
+            return Response(200, found.document, headers=headers)
+        else:
+            source = Stored.of(found)
+        await Follower(
+            exchange, self._app.keep_alive, source, after=-1 if after is None else after, headers=headers
+        ).run()
+        return None
+
+    async def delete(self, exchange: Exchange) -> Response:
+        """Forget the response; one that runs is cancelled."""
+        id = exchange.params["id"]
+        with own_words():
+            await self._shelf.delete(id, owner(self._app, exchange))
+        return Response(200, orjson.dumps({"id": id, "object": "response", "deleted": True}))
+
+    async def cancel(self, exchange: Exchange) -> Response:
+        """Cancel a response that runs; one that is cancelled already is returned as it is."""
+        id = exchange.params["id"]
+        with own_words():
+            found = await self._shelf.find(id, owner(self._app, exchange))
+            if isinstance(found, Job):
+                found.stop()
+                await asyncio.shield(found.ended)
+                document = found.body
+            else:
+                document = found.document
+            if found.status is not Status.CANCELLED:
+                raise Conflict(f"The response {shorten(id)} is {found.status.value} and cannot be cancelled any more.")
+        return Response(200, document)
+
+    async def input_items(self, exchange: Exchange) -> Response:
+        """A page of the response's own input, the last item first unless order=asc."""
+        with own_words():
+            query, headers = _query(exchange, "limit", "order", "after")
+            limit = _number(query, "limit", 1, PAGE_LIMIT, PAGE_DEFAULT)
+            order = query.get("order", "desc")
+            if order not in ("asc", "desc"):
+                raise BadRequest(f"`order` must be asc or desc, got {shorten(order)}.", param="order")
+            found = await self._shelf.find(exchange.params["id"], owner(self._app, exchange))
+            items: list[Item] = orjson.loads(found.ticket.items if isinstance(found, Job) else found.items)
+            if order == "desc":
+                items.reverse()
+            if "after" in query:
+                ids = [item["id"] for item in items]
+                if query["after"] not in ids:
+                    raise NotFound(f"The response has no input item {shorten(query['after'])}.", param="after")
+                items = items[ids.index(query["after"]) + 1 :]
+        page = items[:limit]
+        listing = {
+            "object": "list",
+            "data": page,
+            "first_id": page[0]["id"] if page else None,
+            "last_id": page[-1]["id"] if page else None,
+            "has_more": len(items) > len(page),
+        }
+        return Response(200, orjson.dumps(listing), headers=headers)
+
+    async def _whole(self, exchange: Exchange, job: Job, headers: Headers) -> Response | None:
+        """The finished response; who leaves before has cancelled it."""
+        exchange.on_gone = job.stop
+        try:
+            await asyncio.shield(job.ended)
+        finally:
+            exchange.on_gone = None
+        if job.status is Status.FAILED:
+            raise job.error or InternalError("The response failed.")
+        if job.choice.timing is not None:
+            headers = (*headers, ("server-timing", server_timing([job.choice.timing])))
+        return Response(200, job.body, headers=headers)
+
+    async def _job(self, exchange: Exchange, served: Served, asked: ResponseRequest) -> tuple[Job, Headers]:
+        """The response that is asked for, not started yet, and the headers of its reply."""
+        app, shelf, whose = self._app, self._shelf, owner(self._app, exchange)
+        context = [] if asked.previous is None else await shelf.chain(asked.previous, whose)
+        key = secrets.token_hex(16)
+        items = named(await shelf.resolve(asked.items, whose), key)
+        order = await _order(app, served, asked, conversation(asked, context, items))
+        (choice,) = choices(app, served, exchange, order)
+        assert choice.request is not None  # max_output_tokens is at least 1
+        sampling = choice.request.sampling
+        now_s = int(time.time())
+        document: Document = {
+            "id": f"resp_{key}",
+            "object": "response",
+            "created_at": now_s,
+            "status": None,
+            "completed_at": None,
+            "error": None,
+            "incomplete_details": None,
+            "model": served.name(order.wanted.model),
+            "output": [],
+            "usage": None,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            **asked.echoed,
+        }
+        ticket = Ticket(
+            key=key,
+            owner=whose,
+            created_s=now_s,
+            document=document,
+            items=orjson.dumps(items),
+            kept=asked.store,
+            background=asked.background,
+            words=TokenText(served.model.tokenizer, False) if asked.logprobs else None,
+        )
+        ignored = dict.fromkeys((*asked.ignored, *renamed(order.wanted.ignored, asked.source)))
+        return Job(app, served.model.bridge, choice, exchange.id, ticket), ignored_header(tuple(ignored))
+
+
+async def _order(app: App, served: Served, asked: ResponseRequest, said: Sequence[Message]) -> Order:
+    """What is to be generated; with truncation auto without as many of the oldest messages as must go."""
+
+    async def made(count: int) -> Order:
+        left = list(said) if count == 0 else without_oldest(said, count)
+        chat = parse_chat({**asked.chat, "messages": left}, served.model.vocab_size, app.options.strict)
+        served.name(chat.wanted.model)
+        return await prepare(app, served, chat)
+
+    order = await made(0)
+    room = served.model.max_model_len - (order.wanted.max_tokens or 1)
+    if not asked.cut_oldest or len(order.prompts[0].ids) <= room:
+        return order
+    low, high = 1, turns(said)  # the least count that makes it fit, by halves; if none does, fit() says so
+    while low < high:
+        middle = (low + high) // 2
+        if len((await made(middle)).prompts[0].ids) <= room:
+            high = middle
+        else:
+            low = middle + 1
+    return await made(low) if turns(said) else order
+
+
+def _query(exchange: Exchange, *known: str) -> tuple[dict[str, str], Headers]:
+    """The known query parameters, the last value of each, and the header that names the others."""
+    given = exchange.request.query_params()
+    return {name: given[name][-1] for name in known if name in given}, ignored_header(
+        [name for name in given if name not in known]
+    )
+
+
+def _switch(query: dict[str, str], name: str) -> bool:
+    value = query.get(name, "false").lower()
+    if value not in ("true", "false", "1", "0"):
+        raise BadRequest(f"`{name}` must be true or false, got {shorten(value)}.", param=name)
+    return value in ("true", "1")
+
+
+def _number(query: dict[str, str], name: str, low: int, high: int, missing: int | None) -> int | None:
+    value = query.get(name)
+    if value is None:
+        return missing
+    # 16 digits keep int() away from 10^5-digit values; isascii keeps it away from other scripts' digits.
+    if not (value.isascii() and value.isdigit() and len(value) <= 16 and low <= int(value) <= high):
+        raise BadRequest(f"`{name}` must be an integer between {low} and {high}, got {shorten(value)}.", param=name)
+    return int(value)
