@@ -106,7 +106,7 @@ def reply_head(served: Served, exchange: Exchange, wanted: Wanted, prefix: str) 
 async def generate(app: App, served: Served, exchange: Exchange, order: Order, dialect: Dialect) -> Response | None:
     """Generate all choices and answer the exchange.  Raises ApiError while nothing has been sent."""
     wanted = order.wanted
-    made = choices(app, served, exchange, order)
+    made = await choices(app, served, exchange, order)
     if exchange.gone:
         return None
     kind = StreamReply if wanted.stream else WholeReply
@@ -114,11 +114,16 @@ async def generate(app: App, served: Served, exchange: Exchange, order: Order, d
     return await reply.run()
 
 
-def choices(app: App, served: Served, exchange: Exchange, order: Order) -> list[Choice]:
-    """What an order generates, prompt by prompt, n choices each; the exchange is asked now and not kept.
+async def choices(app: App, served: Served, exchange: Exchange, order: Order) -> list[Choice]:
+    """What an order generates, ready to be run; the exchange is asked now and not kept.
 
     Raises BadRequest for what does not fit, DeadlineExceeded when too late.
     """
+    return _choices(app, served, exchange, order)
+
+
+def _choices(app: App, served: Served, exchange: Exchange, order: Order) -> list[Choice]:
+    """Prompt by prompt, n choices each.  Raises BadRequest for what does not fit, DeadlineExceeded when too late."""
     wanted, model = order.wanted, served.model
     total = len(order.prompts) * wanted.n
     if total > app.options.max_sequences:
@@ -141,7 +146,7 @@ def choices(app: App, served: Served, exchange: Exchange, order: Order) -> list[
     ]
     stop_ids = eos_ids.union(wanted.stop_token_ids)
     salt = app.salt(exchange, wanted.cache_salt)
-    made: list[Choice] = []
+    choices: list[Choice] = []
     for prompt in order.prompts:
         ids, max_tokens = fit(prompt, order, model.max_model_len)
         for i, draw in enumerate(draws):
@@ -159,8 +164,8 @@ def choices(app: App, served: Served, exchange: Exchange, order: Order) -> list[
                     arrival_s=exchange.received_s,
                     deadline_s=deadline_s,
                 )
-            made.append(Choice(len(made), i == 0, ids, request, reading, prompt.lead))
-    return made
+            choices.append(Choice(len(choices), i == 0, ids, request, reading, prompt.lead))
+    return choices
 
 
 def _reading(served: Served, order: Order, eos_ids: frozenset[int]) -> Reading:

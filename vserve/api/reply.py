@@ -84,9 +84,10 @@ class Reply(Run):
         self.exchange.on_gone = None
         self.exchange.on_writable = None
 
-    def _submit(self) -> None:
+    def _enter(self) -> None:
+        """From now on the end of the client is heard of too."""
         self.exchange.on_gone = self._gone
-        super()._submit()
+        super()._enter()
 
     def _gone(self) -> None:
         self.close()

@@ -160,7 +160,7 @@ class Responses:
         key = secrets.token_hex(16)
         items = named(await shelf.resolve(asked.items, whose), key)
         order = await _order(app, served, asked, conversation(asked, context, items))
-        (choice,) = choices(app, served, exchange, order)
+        (choice,) = await choices(app, served, exchange, order)
         assert choice.request is not None  # max_output_tokens is at least 1
         sampling = choice.request.sampling
         now_s = int(time.time())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -24,7 +23,7 @@ from vserve.bridge import Bridge
 from vserve.engine.request import FinishReason
 from vserve.errors import ApiError, InternalError, Unavailable
 from vserve.store.record import NEXT, Record, Status, StoreFailed
-from vserve.text.parts import Content, Part, Reasoning
+from vserve.text.parts import Content, Part
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +92,6 @@ class Job(Run):
         self._choice = choice
         self._followers: dict[Follows, None] = {}
         self._drawn: list[Drawn] = []
-        self._counted = 0
-        self._reasoned = 0.0
 
     @property
     def document(self) -> Document:
@@ -204,7 +201,7 @@ class Job(Run):
             "input_tokens": counts.prompt,
             "input_tokens_details": {"cached_tokens": counts.cached, "cache_write_tokens": 0},  # no write is charged
             "output_tokens": counts.completion,
-            "output_tokens_details": {"reasoning_tokens": round(self._reasoned)},
+            "output_tokens_details": {"reasoning_tokens": counts.reasoning or 0},
             "total_tokens": counts.prompt + counts.completion,
         }
         error = None
@@ -247,7 +244,6 @@ class Job(Run):
         parts: tuple[Part, ...] = (Content(piece.text),) if piece.text else ()
         if piece.parts is not None:
             parts = piece.parts
-        self._count(parts)
         self._drawn += piece.drawn
         for part in parts:
             logprobs: Logprobs | None = None
@@ -256,13 +252,6 @@ class Job(Run):
                 logprobs = chat_logprobs(self._drawn, self.ticket.words)["content"]  # type: ignore[assignment]
                 self._drawn = []
             self.steps.append(Step(part, logprobs))
-
-    def _count(self, parts: Sequence[Part]) -> None:
-        """Tokens of reasoning: where a step has other text too, in proportion to the characters."""
-        fresh, self._counted = self._choice.num_tokens - self._counted, self._choice.num_tokens
-        thought = sum(len(part.text) for part in parts if isinstance(part, Reasoning))
-        if thought:
-            self._reasoned += fresh * thought / sum(len(getattr(part, "text", "")) for part in parts)
 
     def _tell(self) -> None:
         for follower in list(self._followers):

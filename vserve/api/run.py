@@ -45,6 +45,9 @@ class Run:
 
     def finished(self, choice: Choice) -> None:
         """See choice.Listener."""
+        self._count_down()
+
+    def _count_down(self) -> None:
         self._unfinished -= 1
         if self._unfinished == 0:
             self.end()
@@ -100,18 +103,24 @@ class Run:
             cached=sum(choice.cached_tokens for choice in firsts),
         )
 
-    def _submit(self) -> None:
+    def _enter(self) -> None:
+        """From now on the end of the server is heard of."""
         self._app.replies.add(self)
-        deadline_s: float | None = None
+
+    def _submit(self) -> None:
+        self._enter()
         for choice in self._choices:
             choice.attach(self)
             if choice.request is not None:
-                deadline_s = choice.request.deadline_s
                 self._queue(choice, choice.request)
         for choice in self._choices:
             if choice.request is None:
                 choice.finish = FinishReason.LENGTH
                 self.finished(choice)
+        self._watch_deadline()
+
+    def _watch_deadline(self) -> None:
+        deadline_s = next((choice.request.deadline_s for choice in self._choices if choice.request is not None), None)
         if deadline_s is not None and not self._closed:
             # The engine keeps the deadline too, but a long step must not keep the client waiting.
             left_s = max(0.0, deadline_s - time.monotonic())

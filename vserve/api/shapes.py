@@ -44,11 +44,15 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Tokens of a reply so far: over all prompts (each once) and all choices."""
+    """Tokens of a reply so far: over all prompts (each once) and all choices.
+
+    reasoning: those of completion that were reasoning; None where none is told apart.
+    """
 
     prompt: int
     completion: int
     cached: int
+    reasoning: int | None = None
 
     def usage(self) -> dict[str, object]:
         """The ``usage`` object."""
@@ -64,8 +68,8 @@ class Counts:
 class Piece:
     """What one choice has to say in one chunk, or in all when the reply is whole.
 
-    offset: characters of the choice's text before this piece.  finish: set on the last piece.  parts: what the text is
-    made of, None when it is all content.
+    text: the content only.  offset: characters of the choice's text before this piece.  finish: set on the last piece.
+    parts: all of it in order, the content too; None where the text is not split, so that all of it is content.
     """
 
     text: str
