@@ -25,6 +25,7 @@ from vserve.http.limits import Limits
 from vserve.http.router import Router
 from vserve.http.server import HttpServer
 from vserve.http.site import ReplyHeaders
+from vserve.store.record import Store
 from vserve.text.template import ChatTemplate
 from vserve.text.tokenizer import Tokenizer
 
@@ -132,6 +133,7 @@ def standing(
     template: bool = True,
     send_buffer: int | None = None,
     reply_headers: ReplyHeaders | None = None,
+    store: Store | None = None,
     **changes: object,
 ) -> Iterator[Stand]:
     """A front end on a free loopback port; with ready false the model is still missing.
@@ -143,7 +145,7 @@ def standing(
     thread.start()
 
     async def build() -> tuple[Stand, Model]:
-        app = App(options(max_queue=max_queue, **changes))
+        app = App(options(max_queue=max_queue, **changes), store)
         entries = table(app)
         server = HttpServer(
             Router(routes(entries)),

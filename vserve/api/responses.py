@@ -26,6 +26,7 @@ from vserve.api.responses_job import Job, Ticket
 from vserve.api.responses_request import (
     ResponseRequest,
     conversation,
+    own_type,
     own_words,
     parse,
     renamed,
@@ -52,7 +53,7 @@ class Responses:
     async def create(self, exchange: Exchange) -> Response | None:
         """Answer one request.  Raises ApiError while nothing has been sent."""
         app, served = self._app, self._app.served
-        with own_words():
+        with own_type():
             fields = body.read(exchange.request.body, exchange.request.headers.get("content-type"))
             asked = parse(fields, served.model.vocab_size, app.options.strict)
         with own_words(asked.source):
@@ -71,7 +72,7 @@ class Responses:
 
     async def retrieve(self, exchange: Exchange) -> Response | None:
         """The response as it is now, or with stream=true its events from the beginning or after starting_after."""
-        with own_words():
+        with own_type():
             query, headers = _query(exchange, "stream", "starting_after")
             stream = _switch(query, "stream")
             after = _number(query, "starting_after", 0, 2**53, None)
@@ -94,14 +95,14 @@ class Responses:
     async def delete(self, exchange: Exchange) -> Response:
         """Forget the response; one that runs is cancelled."""
         id = exchange.params["id"]
-        with own_words():
+        with own_type():
             await self._shelf.delete(id, owner(self._app, exchange))
         return Response(200, orjson.dumps({"id": id, "object": "response", "deleted": True}))
 
     async def cancel(self, exchange: Exchange) -> Response:
         """Cancel a response that runs; one that is cancelled already is returned as it is."""
         id = exchange.params["id"]
-        with own_words():
+        with own_type():
             found = await self._shelf.find(id, owner(self._app, exchange))
             if isinstance(found, Job):
                 found.stop()
@@ -115,7 +116,7 @@ class Responses:
 
     async def input_items(self, exchange: Exchange) -> Response:
         """A page of the response's own input, the last item first unless order=asc."""
-        with own_words():
+        with own_type():
             query, headers = _query(exchange, "limit", "order", "after")
             limit = _number(query, "limit", 1, PAGE_LIMIT, PAGE_DEFAULT)
             order = query.get("order", "desc")

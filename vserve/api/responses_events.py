@@ -106,7 +106,7 @@ class Output:
             case CallBegin():
                 return True
             case CallArguments():
-                return False
+                return kind != "function_call"
 
     def begin(self, part: Part) -> Item:
         """Open the item that part begins; the one before is closed."""

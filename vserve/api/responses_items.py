@@ -112,6 +112,8 @@ def _message(item: Item, path: str) -> Item:
     if role not in ROLES:
         raise wrong(f"{path}.role", "one of " + ", ".join(ROLES), role)
     content = item.get("content")
+    if content is None:
+        raise BadRequest(f"`{path}.content` is required.", param=f"{path}.content")
     kind = "output_text" if role == "assistant" else "input_text"
     if isinstance(content, str):
         parts: list[dict[str, object]] = [{"type": kind, "text": content}]

@@ -245,6 +245,8 @@ class Job(Run):
         if piece.parts is not None:
             parts = piece.parts
         self._drawn += piece.drawn
+        if piece.finish is FinishReason.STOP:
+            self._drop_stop(piece)
         for part in parts:
             logprobs: Logprobs | None = None
             if isinstance(part, Content) and self.ticket.words is not None:
@@ -252,6 +254,15 @@ class Job(Run):
                 logprobs = chat_logprobs(self._drawn, self.ticket.words)["content"]  # type: ignore[assignment]
                 self._drawn = []
             self.steps.append(Step(part, logprobs))
+
+    def _drop_stop(self, piece: Piece) -> None:
+        """The token that ended the answer is not part of its text, unless it was asked to be."""
+        words, request = self.ticket.words, self._choice.request
+        if words is None or request is None or not self._drawn:
+            return
+        token = self._drawn[-1][0]
+        if token in request.stop_ids and not piece.text.endswith(words.of(token)):
+            self._drawn.pop()
 
     def _tell(self) -> None:
         for follower in list(self._followers):

@@ -190,17 +190,26 @@ def renamed(names: Sequence[str], source: str) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def own_words(source: str = "input") -> Iterator[None]:
-    """Errors raised inside name this endpoint's fields and have its type.  source: where the input came from."""
+def own_type() -> Iterator[None]:
+    """The client's errors raised inside have this endpoint's type."""
     try:
         yield
     except (BadRequest, NotFound, Conflict) as error:
         error.type = INVALID_REQUEST
-        if error.param is not None:
-            old, error.param = error.param, _rename(error.param, source)
-            if old != error.param:
-                error.message = re.sub(r"`[^`]*`", lambda name: _rename(name[0], source), error.message)
         raise
+
+
+@contextlib.contextmanager
+def own_words(source: str) -> Iterator[None]:
+    """As own_type; what was said of chat's fields is said of this endpoint's.  source: where the input came from."""
+    with own_type():
+        try:
+            yield
+        except (BadRequest, NotFound) as error:
+            if error.param is not None:
+                error.param = _rename(error.param, source)
+                error.message = re.sub(r"`[^`]*`", lambda name: _rename(name[0], source), error.message)
+            raise
 
 
 def _rename(text: str, source: str) -> str:
