@@ -13,7 +13,7 @@ from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import ConfigDict, TypeAdapter
 
-from vserve.api.responses_events import Document, Step, Telling, output, pack, started, unpack
+from vserve.api.responses_events import Document, Output, Step, Telling, pack, started, unpack
 from vserve.api.responses_items import owner_of
 from vserve.api.responses_request import parse
 from vserve.store.record import Status
@@ -53,6 +53,14 @@ def steps(draw: st.DrawFn) -> list[Step]:
     return said
 
 
+def output(said: list[Step], status: Status) -> list[dict[str, object]]:
+    """The output items of a response that said so."""
+    made = Output(KEY)
+    for step in said:
+        made.take(step)
+    return made.snapshot(status)
+
+
 def document(status: Status, said: list[Step], *, background: bool) -> Document:
     """A finished response."""
     usage = {
@@ -73,7 +81,7 @@ def document(status: Status, said: list[Step], *, background: bool) -> Document:
         "error": error,
         "incomplete_details": {"reason": "max_output_tokens"} if status is Status.INCOMPLETE else None,
         "model": "m",
-        "output": output(KEY, said, status),
+        "output": output(said, status),
         "usage": usage,
         "temperature": 1.0,
         "top_p": 1.0,

@@ -37,10 +37,12 @@ from vserve.api.responses_shelf import Shelf, owner
 from vserve.api.shapes import TokenText, server_timing
 from vserve.errors import BadRequest, Conflict, InternalError, NotFound, shorten
 from vserve.http.exchange import Exchange, Response
-from vserve.store.record import Status
+from vserve.store.record import Record, Status
 
 PAGE_LIMIT = 100
 PAGE_DEFAULT = 20
+LONG_TRACE = 2**15
+"""Bytes of a trace above which it is read off the loop."""
 
 
 class Responses:
@@ -86,7 +88,7 @@ class Responses:
         elif not stream:
             return Response(200, found.document, headers=headers)
         else:
-            source = Stored.of(found)
+            source = Stored.of(found) if len(found.trace) <= LONG_TRACE else await self._off_loop(found)
         await Follower(
             exchange, self._app.keep_alive, source, after=-1 if after is None else after, headers=headers
         ).run()
@@ -140,6 +142,9 @@ class Responses:
             "has_more": len(items) > len(page),
         }
         return Response(200, orjson.dumps(listing), headers=headers)
+
+    async def _off_loop(self, record: Record) -> Stored:
+        return await self._app.off_loop(lambda: Stored.of(record))
 
     async def _whole(self, exchange: Exchange, job: Job, headers: Headers) -> Response | None:
         """The finished response; who leaves before has cancelled it."""

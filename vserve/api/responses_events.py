@@ -47,10 +47,10 @@ def _packed(step: Step) -> str | list[object]:
 
 def unpack(trace: bytes) -> list[Step]:
     """The steps that ``pack`` took."""
-    return [_unpacked(entry) for entry in orjson.loads(trace)]
+    return [Step(Content(entry)) if type(entry) is str else _unpacked(entry) for entry in orjson.loads(trace)]
 
 
-def _unpacked(entry: str | list[object]) -> Step:
+def _unpacked(entry: list[object]) -> Step:
     match entry:
         case ["t", str(text), list(logprobs)]:
             return Step(Content(text), logprobs)
@@ -60,8 +60,6 @@ def _unpacked(entry: str | list[object]) -> Step:
             return Step(CallBegin(index, id, name))
         case ["a", int(index), str(text)]:
             return Step(CallArguments(index, text))
-        case str(text):
-            return Step(Content(text))
     raise ValueError("the trace of a response is damaged")
 
 
@@ -141,32 +139,37 @@ class Output:
 
     def close(self, status: Status) -> Item:
         """The open item as it is in the end; it takes the place of the opened one."""
+        self.items[-1] = self._closed(status)
+        return self.items[-1]
+
+    def take(self, step: Step) -> None:
+        """The next step, whether it goes on with an item or begins one."""
+        if self.begins(step.part):
+            if self.items:
+                self.close(Status.COMPLETED)
+            self.begin(step.part)
+        self.add(step)
+
+    def snapshot(self, status: Status) -> list[Item]:
+        """The items of a response of that status; nothing is changed.
+
+        An answer that ended by itself has at least one item, an empty message when nothing was said.
+        """
+        if self.items:
+            return [*self.items[:-1], self._closed(item_status(status))]
+        if not says_nothing(status):
+            return []
+        empty = Output(self._key)
+        empty.begin(Content(""))
+        return [empty.close(item_status(status))]
+
+    def _closed(self, status: Status) -> Item:
         item = {**self.items[-1], "status": status.value}
         if item["type"] == "function_call":
             item["arguments"] = self.text
         else:
             item["content"] = [self.content()]
-        self.items[-1] = item
         return item
-
-
-def output(key: str, steps: Sequence[Step], status: Status) -> list[Item]:
-    """The output items of a response of that status.
-
-    An answer that ended by itself has at least one item, an empty message when nothing was said.
-    """
-    made = Output(key)
-    for step in steps:
-        if made.begins(step.part):
-            if made.items:
-                made.close(Status.COMPLETED)
-            made.begin(step.part)
-        made.add(step)
-    if not made.items and says_nothing(status):
-        made.begin(Content(""))
-    if made.items:
-        made.close(item_status(status))
-    return made.items
 
 
 def says_nothing(status: Status) -> bool:

@@ -16,7 +16,7 @@ import orjson
 
 from vserve.api.app import App
 from vserve.api.choice import Choice
-from vserve.api.responses_events import Document, Logprobs, Step, output, pack, started
+from vserve.api.responses_events import Document, Logprobs, Output, Step, pack, started
 from vserve.api.run import Run
 from vserve.api.shapes import Drawn, Piece, TokenText, chat_logprobs
 from vserve.bridge import Bridge
@@ -91,6 +91,7 @@ class Job(Run):
         self.ended: asyncio.Future[None] = loop.create_future()
         self._choice = choice
         self._followers: dict[Follows, None] = {}
+        self._output = Output(ticket.key)
         self._drawn: list[Drawn] = []
 
     @property
@@ -135,7 +136,7 @@ class Job(Run):
         """The response as it is at this moment."""
         if self.final is not None:
             return self.final
-        items = output(self.ticket.key, self.steps, Status.IN_PROGRESS)
+        items = self._output.snapshot(Status.IN_PROGRESS)
         return {**started(self.document), "status": self.status.value, "output": items}
 
     async def live(self, shelves: Shelves) -> None:
@@ -213,7 +214,7 @@ class Job(Run):
             "completed_at": int(time.time()) if status is Status.COMPLETED else None,
             "error": error,
             "incomplete_details": {"reason": "max_output_tokens"} if status is Status.INCOMPLETE else None,
-            "output": output(self.ticket.key, self.steps, status),
+            "output": self._output.snapshot(status),
             "usage": None if status is Status.FAILED else usage,
         }
 
@@ -253,7 +254,9 @@ class Job(Run):
                 # Tokens may come before the text they are held back for: they go with the next text there is.
                 logprobs = chat_logprobs(self._drawn, self.ticket.words)["content"]  # type: ignore[assignment]
                 self._drawn = []
-            self.steps.append(Step(part, logprobs))
+            step = Step(part, logprobs)
+            self.steps.append(step)
+            self._output.take(step)
 
     def _drop_stop(self, piece: Piece) -> None:
         """The token that ended the answer is not part of its text, unless it was asked to be."""
