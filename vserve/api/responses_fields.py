@@ -183,7 +183,7 @@ class Choosing:
 
 
 @dataclass(frozen=True, slots=True)
-class ToolChoiceKind:
+class ResponseToolChoice:
     """none, auto, required, one function, or a list of allowed functions."""
 
     def check(self, value: object, path: str, vocab_size: int) -> Choosing:

@@ -97,7 +97,7 @@ def _chat(body: dict[str, object], values: Values) -> dict[str, object]:
         for name in row.PASSED_ON
         if row.RESPONSES[name].fate is Fate.OBEYED and body.get(name) is not None
     }
-    text, tools, choice = values[row.TEXT_ANSWER], values[row.FUNCTION_TOOLS], values[row.TOOL_CHOICE]
+    text, tools, choice = values[row.TEXT_ANSWER], values[row.RESPONSE_TOOLS], values[row.RESPONSE_TOOL_CHOICE]
     wishes: dict[str, object] = {
         "max_completion_tokens": values[row.MAX_OUTPUT_TOKENS],
         "response_format": text.response_format,
@@ -133,7 +133,7 @@ def _echoed(body: dict[str, object], values: Values, background: bool) -> dict[s
         value = body.get(name)
         return value if isinstance(value, str) else None
 
-    answer, choice = values[row.TEXT_ANSWER], values[row.TOOL_CHOICE]
+    answer, choice = values[row.TEXT_ANSWER], values[row.RESPONSE_TOOL_CHOICE]
     return {
         "background": background,
         "instructions": values[row.INSTRUCTIONS],
@@ -149,7 +149,7 @@ def _echoed(body: dict[str, object], values: Values, background: bool) -> dict[s
         "store": values[row.STORE],
         "text": {"format": answer.format or {"type": "text"}, "verbosity": answer.verbosity or "medium"},
         "tool_choice": "auto" if choice is None else choice.raw,
-        "tools": [_shown_tool(tool) for tool in values[row.FUNCTION_TOOLS]],
+        "tools": [_shown_tool(tool) for tool in values[row.RESPONSE_TOOLS]],
         "top_logprobs": values[row.TOP_LOGPROBS],
         "truncation": values[row.TRUNCATION],
         "user": text("user"),

@@ -34,11 +34,11 @@ from vserve.api.responses_fields import (
     PromptText,
     ReasoningKind,
     ResponseId,
+    ResponseToolChoice,
     StreamChoices,
     TextAnswer,
     TextKind,
     Thinking,
-    ToolChoiceKind,
     Word,
 )
 from vserve.api.responses_items import InputItems, Item
@@ -272,8 +272,10 @@ STREAM_CHOICES: Field[tuple[str, ...]] = Field("stream_options", StreamChoices()
 TEXT_ANSWER: Field[TextAnswer] = Field(
     "text", TextKind(), TextAnswer(), "format of the answer: text or JSON; verbosity"
 )
-FUNCTION_TOOLS: Field[tuple[dict[str, object], ...]] = Field("tools", FunctionTools(), (), "functions of the client")
-TOOL_CHOICE: Field[Choosing | None] = Field("tool_choice", ToolChoiceKind(), None, "which functions may be called")
+RESPONSE_TOOLS: Field[tuple[dict[str, object], ...]] = Field("tools", FunctionTools(), (), "functions of the client")
+RESPONSE_TOOL_CHOICE: Field[Choosing | None] = Field(
+    "tool_choice", ResponseToolChoice(), None, "which functions may be called"
+)
 TRUNCATION: Field[str] = Field(
     "truncation", Word(("disabled", "auto")), "disabled", "auto: leave out the oldest items when there are too many"
 )
@@ -293,8 +295,8 @@ PASSED_ON = (
 
 RESPONSES = table(
     *(CHAT[name] for name in PASSED_ON), INPUT, PROMPT_TEXT, INSTRUCTIONS, BACKGROUND, MAX_OUTPUT_TOKENS, METADATA,
-    PREVIOUS, REASONING, STORE, STREAM, STREAM_CHOICES, TEXT_ANSWER, FUNCTION_TOOLS, TOOL_CHOICE, TRUNCATION, INCLUDE,
-    TOP_LOGPROBS,
+    PREVIOUS, REASONING, STORE, STREAM, STREAM_CHOICES, TEXT_ANSWER, RESPONSE_TOOLS, RESPONSE_TOOL_CHOICE, TRUNCATION,
+    INCLUDE, TOP_LOGPROBS,
     refused("conversation", "conversations kept by the server; previous_response_id goes on from a response"),
     refused("n", "several answers", (1,)),
     refused("messages", "a field of /v1/chat/completions; this endpoint has input"),
