@@ -38,7 +38,7 @@ serve: $(VENV)/.serve   ## start the server
 test: $(VENV)/.test     ## everything that must hold: style, types, tests
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy --strict vserve bench
+	@$(BIN)/mypy --strict vserve bench deploy
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-gpu:               ## what needs a GPU; from the checkout, with the python that has torch for CUDA
@@ -47,7 +47,7 @@ test-gpu:               ## what needs a GPU; from the checkout, with the python 
 check: $(VENV)/.test    ## style and types only: seconds
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy --strict vserve bench
+	@$(BIN)/mypy --strict vserve bench deploy
 
 bench: $(VENV)/.test    ## the front end alone, one step, and the whole server; see bench/README.md
 	@$(BIN)/python bench/http.py
@@ -67,9 +67,10 @@ bench-gpu:              ## steps and the whole server on a GPU, random weights o
 	@PYTHONPATH=. $(PYTHON) bench/serve.py $(GPU_LOAD) --concurrency 1 --vocab-size 49152 \
 	  --name smollm-135m --serve-args "bench/models/smollm-135m $(GPU_SERVE)" $(ARGS)
 
-dist: $(VENV)/.test     ## wheel and sdist in dist/
-	@$(PIP) install build
-	@$(BIN)/python -m build
+dist: $(VENV)/.test     ## dist/: wheel, sdist and vserve.pyz
+	@rm -rf dist build
+	@$(BIN)/python -m build --quiet
+	@$(BIN)/python deploy/pyz.py dist/*.whl dist/vserve.pyz
 
 clean:
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 
-from vserve.config import Config, flag_name, flags, parse, parse_bytes, parser
+from vserve.config import Config, flag_name, flags, parse_bytes
 from vserve.errors import StartupError
+from vserve.settings import parse, parser
 
 
 def test_the_defaults_need_no_flag() -> None:

@@ -9,10 +9,10 @@ import pytest
 
 from tests.certificates import certificate
 from vserve.api.access import Keys
-from vserve.config import parse
 from vserve.edge import Edge, limits, root_path
 from vserve.errors import StartupError, Unauthorized
 from vserve.http.limits import Limits
+from vserve.settings import parse
 
 
 def made(*argv: str, keys: Keys | None = None) -> Edge:

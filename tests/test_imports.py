@@ -18,6 +18,9 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     # layer: (our layers it may import, third-party packages it may import)
     "errors": (frozenset(), frozenset()),
     "config": (frozenset({"errors"}), frozenset()),
+    "familiar": (frozenset({"errors"}), frozenset()),
+    "settings": (frozenset({"config", "errors", "familiar"}), frozenset()),
+    "client": (frozenset({"errors"}), frozenset()),
     "http": (frozenset({"errors"}), frozenset()),
     "text": (frozenset({"errors"}), frozenset({"tokenizers", "jinja2", "markupsafe"})),
     "kernels": (frozenset(), frozenset({"torch", "triton"})),

@@ -1,8 +1,8 @@
 """The command line: argv -> Config -> a command, and the exit code.
 
-Exit codes: 0 done, or drained after a signal; 1 a bug; 2 a flag, a file or an address that cannot be used (one line on
-stderr says which); 3 the engine died while serving, or hung with --exit-on-stall.  Nothing heavy is imported before
-argv has been understood.
+Exit codes: 0 done, or drained after a signal; 1 a bug, or vserve health found the server unwell; 2 a flag, a file or an
+address that cannot be used (one line on stderr says which); 3 the engine died while serving, or hung with
+--exit-on-stall.  Nothing heavy is imported before argv has been understood.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from vserve import __version__, config
+from vserve import __version__, settings
 from vserve.errors import StartupError
 
 EXIT_BAD_START = 2
@@ -19,9 +19,12 @@ EXIT_BAD_START = 2
 USAGE = """usage: vserve COMMAND [flags]
 
   serve [MODEL]   serve a model over an OpenAI-compatible API; with no command, serve is meant
+  config          print the settings that serve would have, and where each comes from
+  health          ask a running server whether it is healthy; for container probes
   version         print the version
 
-vserve serve --help lists the flags; each is also an environment variable (--max-queue: VSERVE_MAX_QUEUE).
+vserve serve --help lists the flags; each is also an environment variable (--max-queue: VSERVE_MAX_QUEUE) and a key of
+the TOML file that --config names (max-queue = 10).
 """
 
 
@@ -52,10 +55,27 @@ def _run(words: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 def _serve(words: Sequence[str], environ: Mapping[str, str]) -> int:
-    settings = config.parse(words, environ)
+    found = settings.read(words, environ)
+    for note in found.notes:
+        print(f"vserve: {note}", file=sys.stderr)
     from vserve.serve import serve
 
-    return serve(settings)
+    return serve(found.config)
+
+
+def _config(words: Sequence[str], environ: Mapping[str, str]) -> int:
+    if any(word in ("-h", "--help") for word in words):
+        print("usage: vserve config [the flags of vserve serve]\n\nPrint the settings that vserve serve would have "
+              "with these flags, as a TOML file,\neach with its origin.  --config FILE reads such a file.")  # fmt: skip
+        return 0
+    print(settings.show(settings.read(words, environ)), end="")
+    return 0
+
+
+def _health(words: Sequence[str], environ: Mapping[str, str]) -> int:
+    from vserve.client import health
+
+    return health.run(words, environ)
 
 
 def _version(words: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -65,7 +85,12 @@ def _version(words: Sequence[str], environ: Mapping[str, str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str], Mapping[str, str]], int]] = {"serve": _serve, "version": _version}
+COMMANDS: dict[str, Callable[[Sequence[str], Mapping[str, str]], int]] = {
+    "serve": _serve,
+    "config": _config,
+    "health": _health,
+    "version": _version,
+}
 
 
 if __name__ == "__main__":

@@ -1,20 +1,15 @@
 """Config: every setting of the server as one frozen value, and the one table its flags come from.
 
-Each field of ``Config`` carries its own flag: the field's name gives ``--the-flag`` and ``VSERVE_THE_FLAG``, its
-metadata the unit, the bounds and the help.  A flag beats the environment, which beats the default.  Nothing outside
-this module and cli.py reads argv or the environment.
+Each field of ``Config`` carries its own flag: the field's name gives ``--the-flag``, ``VSERVE_THE_FLAG`` and the key
+``the_flag`` of a TOML file, its metadata the unit, the bounds and the help.  Where values come from is settings.py's.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
-
-from vserve.errors import StartupError
+from typing import Any
 
 Value = str | int | float | bool | None | tuple[str, ...]
 
@@ -25,7 +20,7 @@ class Flag:
 
     low, high: inclusive bounds of a number.  choices: the only values allowed.  unit: what a number counts.
     aliases: other flags with the same meaning; env: other environment variables, tried after VSERVE_*.
-    split: a list's values may also be given in one, with commas between them.
+    split: a list's values may also be given in one, with commas between them.  secret: never shown.
     """
 
     help: str
@@ -38,6 +33,7 @@ class Flag:
     env: tuple[str, ...] = ()
     parse: Callable[[str], Value] | None = None
     split: bool = False
+    secret: bool = False
 
 
 def _option(default: Value, help: str, group: str, **rest: Any) -> Any:
@@ -62,6 +58,9 @@ def parse_bytes(text: str) -> int:
 class Config:
     """All settings, checked.  Built once by ``parse`` and never changed."""
 
+    config: str | None = _option(
+        None, "TOML file of settings: keys are the flags' names; flags and VSERVE_* variables win over it", "model"
+    )
     model: str | None = _option(
         None,
         "what to serve: a Hugging Face folder, a .gguf file or a hub id; the embedded SmolLM2-135M-Instruct by default",
@@ -81,6 +80,7 @@ class Config:
         "type of weights and activations; auto: float32 on CPU, the model's own on GPU",
         "model",
         choices=("auto", "float32", "bfloat16", "float16"),
+        parse=lambda text: {"half": "float16", "float": "float32"}.get(text, text),
     )
     max_model_len: int | None = _option(
         None, "longest prompt plus answer; the model's own limit by default", "model", low=1, unit="tokens"
@@ -123,7 +123,9 @@ class Config:
     host: str = _option("0.0.0.0", "address to listen on", "server")
     port: int = _option(8000, "port to listen on; 0 takes a free one", "server", low=0, high=65535, env=("VLLM_PORT",))
     uds: str | None = _option(None, "listen on this Unix socket instead of host and port", "server")
-    api_key: tuple[str, ...] = _option((), "key that clients must send; repeat the flag for several", "server")
+    api_key: tuple[str, ...] = _option(
+        (), "key that clients must send; repeat the flag for several", "server", secret=True
+    )
     api_key_file: str | None = _option(
         None, "TOML file of named keys with scopes and rates, read again on SIGHUP", "access"
     )
@@ -250,112 +252,3 @@ def flags() -> dict[str, tuple[dataclasses.Field[Any], Flag]]:
 def flag_name(name: str) -> str:
     """``drain_timeout_s`` -> ``--drain-timeout``: the unit suffix that the type hides is not typed by hand."""
     return "--" + name.removesuffix("_s").replace("_", "-").replace("body-limit-bytes", "body-limit")
-
-
-class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports a bad flag as one StartupError and names the nearest good one."""
-
-    def error(self, message: str) -> NoReturn:
-        raise StartupError(message)
-
-
-def parser(prog: str = "vserve serve") -> argparse.ArgumentParser:
-    """The command line of ``vserve serve``, grouped as in GROUPS; every default is None so that origins stay known."""
-    made = _Parser(prog=prog, allow_abbrev=False, description="Serve a language model over an OpenAI-compatible API.")
-    groups = {key: made.add_argument_group(title) for key, title in GROUPS.items()}
-    groups["model"].add_argument("MODEL", nargs="?", help="same as --model")
-    for name, (item, flag) in flags().items():
-        names = [flag_name(name), *flag.aliases]
-        help_text = f"{flag.help}{_default_note(item.default, flag)}".replace("%", "%%")
-        group = groups[flag.group]
-        if isinstance(item.default, bool):
-            group.add_argument(*names, dest=name, default=None, action=argparse.BooleanOptionalAction, help=help_text)
-        else:
-            metavar = "|".join(str(choice) for choice in flag.choices) or (flag.unit or name).upper()
-            action = "append" if isinstance(item.default, tuple) else "store"
-            group.add_argument(*names, dest=name, default=None, action=action, metavar=metavar, help=help_text)
-    return made
-
-
-def _default_note(default: Any, flag: Flag) -> str:
-    if default is None or isinstance(default, tuple | bool):
-        return ""
-    return f" ({default}{' ' + flag.unit if flag.unit else ''})"
-
-
-def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Config:
-    """argv (without the program and the command) and the environment as a Config.
-
-    Raises StartupError, one line that names the flag, the value and what would work.
-    """
-    known, unknown = parser().parse_known_args(list(argv))
-    if unknown:
-        raise StartupError(_unknown(unknown[0]))
-    given: dict[str, Any] = vars(known)
-    positional = given.pop("MODEL")
-    if positional is not None:
-        if given["model"] is not None and given["model"] != positional:
-            raise StartupError(f"the model is named twice: {positional!r} and --model {given['model']!r}")
-        given["model"] = positional
-    values: dict[str, Any] = {}
-    for name, (item, flag) in flags().items():
-        if given[name] is not None:
-            values[name] = _convert(item, flag, given[name], flag_name(name))
-            continue
-        for variable in (f"VSERVE_{flag_name(name)[2:].replace('-', '_').upper()}", *flag.env):
-            if environ.get(variable):
-                values[name] = _convert(item, flag, environ[variable], variable)
-                break
-    return Config(**values)
-
-
-def _unknown(argument: str) -> str:
-    name = argument.split("=", 1)[0]
-    options = [option for action in parser()._actions for option in action.option_strings]
-    near = difflib.get_close_matches(name, options, n=1)
-    hint = f"; did you mean {near[0]}?" if near else "; vserve serve --help lists them all"
-    return f"unknown flag {name}{hint}" if name.startswith("-") else f"unexpected argument {name!r}{hint}"
-
-
-_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-
-
-def _convert(item: dataclasses.Field[Any], flag: Flag, raw: Any, where: str) -> Value:
-    """raw (text, a list of texts or a bool) as the field's type, checked against its bounds and choices."""
-    if isinstance(item.default, bool):
-        if isinstance(raw, bool):
-            return raw
-        if raw.lower() not in _WORDS:
-            raise StartupError(f"{where}: {raw!r} is not a switch; use true or false")
-        return _WORDS[raw.lower()]
-    if isinstance(item.default, tuple):
-        if isinstance(raw, list) and not flag.split:
-            return tuple(raw)
-        text = ",".join(raw) if isinstance(raw, list) else raw
-        return tuple(part.strip() if flag.split else part for part in text.split(",") if part.strip())
-    value = _number(item, flag, raw, where)
-    if flag.choices and value not in flag.choices:
-        raise StartupError(f"{where}: {raw!r} is not one of {', '.join(str(choice) for choice in flag.choices)}")
-    if isinstance(value, int | float):
-        unit = f" {flag.unit}" if flag.unit else ""
-        # Written so that NaN fails too.
-        if flag.low is not None and not value >= flag.low:
-            raise StartupError(f"{where}: {raw} is too small; the least is {flag.low:g}{unit}")
-        if flag.high is not None and not value <= flag.high:
-            raise StartupError(f"{where}: {raw} is too large; the most is {flag.high:g}{unit}")
-    return value
-
-
-def _number(item: dataclasses.Field[Any], flag: Flag, raw: str, where: str) -> Value:
-    kind = str(item.type).split(" ", 1)[0]
-    try:
-        if flag.parse is not None:
-            return flag.parse(raw)
-        if kind == "int":
-            return int(raw)
-        if kind == "float":
-            return float(raw)
-    except (ValueError, OverflowError):
-        hint = " of bytes, such as 512MiB" if flag.parse is parse_bytes else ""
-        raise StartupError(f"{where}: {raw!r} is not a {'whole ' if kind == 'int' else ''}number{hint}") from None
-    return raw
