@@ -241,8 +241,8 @@ def test_every_field_of_openais_and_of_chats_has_a_row() -> None:
     assert set(asked) <= set(RESPONSES)
     not_ours = {
         "stream_options", "messages", "max_tokens", "tools", "tool_choice", "functions", "function_call", "modalities",
-        "audio", "web_search_options", "reasoning_effort", "verbosity", "prediction", "use_beam_search", "early_stopping",
-        "length_penalty", "prompt_embeds", "add_generation_prompt",
+        "audio", "web_search_options", "reasoning_effort", "verbosity", "prediction", "use_beam_search",
+        "early_stopping", "length_penalty", "prompt_embeds", "add_generation_prompt",
     }  # fmt: skip
     assert set(CHAT) - set(RESPONSES) <= not_ours
 

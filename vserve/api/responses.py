@@ -62,11 +62,12 @@ class Responses:
             job, headers = await self._job(exchange, served, asked)
             if exchange.gone:
                 return None
+            exchange.on_gone = job.stop  # nobody knows its id yet
             await self._shelf.begin(job)
+        exchange.on_gone = None if asked.background else job.stop
         if asked.stream:
             # As with OpenAI: who leaves the stream of a response that is not in the background cancels it.
-            gone = None if asked.background else job.stop
-            await Follower(exchange, app.keep_alive, job, headers=headers, on_gone=gone).run()
+            await Follower(exchange, app.keep_alive, job, headers=headers, on_gone=exchange.on_gone).run()
             return None
         if asked.background:
             return Response(200, orjson.dumps(job.now()), headers=headers)
@@ -148,11 +149,8 @@ class Responses:
 
     async def _whole(self, exchange: Exchange, job: Job, headers: Headers) -> Response | None:
         """The finished response; who leaves before has cancelled it."""
-        exchange.on_gone = job.stop
-        try:
-            await asyncio.shield(job.ended)
-        finally:
-            exchange.on_gone = None
+        await asyncio.shield(job.ended)
+        exchange.on_gone = None
         if job.status is Status.FAILED:
             raise job.error or InternalError("The response failed.")
         if job.choice.timing is not None:

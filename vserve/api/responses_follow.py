@@ -119,7 +119,7 @@ class Follower:
             self._send()
         except Exception:  # the client would wait for ever, and the response must not suffer
             log.exception("the events of a response could not be sent")
-            self._leave()
+            self._gone()
             self._exchange.abort()
 
     def tick(self) -> None:
