@@ -16,7 +16,7 @@ from vserve.api import body
 from vserve.api.app import App, Served
 from vserve.api.chat import prepare
 from vserve.api.generation import Order, choices, ignored_header
-from vserve.api.prompts import Message
+from vserve.api.prompts import Message, text_of
 from vserve.api.reply import Headers
 from vserve.api.requests import parse_chat
 from vserve.api.responses_events import Document
@@ -199,6 +199,7 @@ class Responses:
 
 async def _order(app: App, served: Served, asked: ResponseRequest, said: Sequence[Message]) -> Order:
     """What is to be generated; with truncation auto without as many of the oldest messages as must go."""
+    context = served.model.max_model_len
 
     async def made(count: int) -> Order:
         left = list(said) if count == 0 else without_oldest(said, count)
@@ -206,18 +207,29 @@ async def _order(app: App, served: Served, asked: ResponseRequest, said: Sequenc
         served.name(chat.wanted.model)
         return await prepare(app, served, chat)
 
-    order = await made(0)
-    room = served.model.max_model_len - (order.wanted.max_tokens or 1)
-    if not asked.cut_oldest or len(order.prompts[0].ids) <= room:
+    async def fitting(count: int) -> Order | None:
+        try:
+            order = await made(count)
+        except BadRequest:  # of what cannot fit, or of something that fewer messages do not cure
+            if sum(len(text_of(message)) for message in said[count:]) <= context:
+                raise
+            return None
+        return order if len(order.prompts[0].ids) + (order.wanted.max_tokens or 1) <= context else None
+
+    most = turns(said)
+    if not asked.cut_oldest or most == 0:
+        return await made(0)
+    order = await fitting(0)
+    if order is not None:
         return order
-    low, high = 1, turns(said)  # the least count that makes it fit, by halves; if none does, fit() says so
+    low, high = 1, most  # the least count that makes it fit, by halves
     while low < high:
         middle = (low + high) // 2
-        if len((await made(middle)).prompts[0].ids) <= room:
-            high = middle
-        else:
+        if await fitting(middle) is None:
             low = middle + 1
-    return await made(low) if turns(said) else order
+        else:
+            high = middle
+    return await made(low)  # if even this does not fit, the numbers are told
 
 
 def _query(exchange: Exchange, *known: str) -> tuple[dict[str, str], Headers]:
