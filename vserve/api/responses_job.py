@@ -250,7 +250,11 @@ class Job(Run):
             self._drop_stop(piece)
         for part in parts:
             logprobs: Logprobs | None = None
-            if isinstance(part, Content) and self.ticket.words is not None:
+            if not isinstance(part, Content):
+                self._drawn = []
+            elif self.ticket.words is not None:
+                if piece.parts is not None and not (self.steps and isinstance(self.steps[-1].part, Content)):
+                    self._drop_marks(part.text)
                 # Tokens may come before the text they are held back for: they go with the next text there is.
                 logprobs = chat_logprobs(self._drawn, self.ticket.words)["content"]  # type: ignore[assignment]
                 self._drawn = []
@@ -266,6 +270,15 @@ class Job(Run):
         token = self._drawn[-1][0]
         if token in request.stop_ids and not piece.text.endswith(words.of(token)):
             self._drawn.pop()
+
+    def _drop_marks(self, text: str) -> None:
+        """Text begins behind reasoning, a call or their marks: of what was drawn only the end belongs to it."""
+        assert self.ticket.words is not None
+        count, length = 0, 0
+        while count < len(self._drawn) and length < len(text):
+            count += 1
+            length += len(self.ticket.words.of(self._drawn[-count][0]))
+        self._drawn = self._drawn[len(self._drawn) - count :]
 
     def _tell(self) -> None:
         for follower in list(self._followers):
