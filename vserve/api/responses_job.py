@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -248,19 +249,31 @@ class Job(Run):
         self._drawn += piece.drawn
         if piece.finish is FinishReason.STOP:
             self._drop_stop(piece)
-        for part in parts:
+        for place, part in enumerate(parts, 1):
             logprobs: Logprobs | None = None
-            if not isinstance(part, Content):
-                self._drawn = []
-            elif self.ticket.words is not None:
-                if piece.parts is not None and not (self.steps and isinstance(self.steps[-1].part, Content)):
-                    self._drop_marks(part.text)
-                # Tokens may come before the text they are held back for: they go with the next text there is.
-                logprobs = chat_logprobs(self._drawn, self.ticket.words)["content"]  # type: ignore[assignment]
-                self._drawn = []
+            if isinstance(part, Content) and self.ticket.words is not None:
+                logprobs = self._logprobs(part.text, self.ticket.words, last=place == len(parts))
             step = Step(part, logprobs)
             self.steps.append(step)
             self._output.take(step)
+        if parts and not isinstance(parts[-1], Content):
+            self._drawn = []
+
+    def _logprobs(self, text: str, words: TokenText, *, last: bool) -> Logprobs:
+        """Those of a text among all that was drawn with it; last: nothing else was said behind it.
+
+        Tokens may come before the text they are held back for: they go with the next text there is.
+        """
+        drawn = self._drawn
+        begins = bool(self.steps) and not isinstance(self.steps[-1].part, Content)
+        if begins:  # behind reasoning, a call or their marks: the end of what was drawn
+            drawn = drawn[len(drawn) - covering(text, [token for token, _ in reversed(drawn)], words) :] if last else []
+        elif not last:
+            drawn = drawn[: covering(text, [token for token, _ in drawn], words)]
+        self._drawn = []
+        logprobs = chat_logprobs(drawn, words)["content"]
+        assert isinstance(logprobs, list)
+        return logprobs
 
     def _drop_stop(self, piece: Piece) -> None:
         """The token that ended the answer is not part of its text, unless it was asked to be."""
@@ -271,18 +284,19 @@ class Job(Run):
         if token in request.stop_ids and not piece.text.endswith(words.of(token)):
             self._drawn.pop()
 
-    def _drop_marks(self, text: str) -> None:
-        """Text begins behind reasoning, a call or their marks: of what was drawn only the end belongs to it."""
-        assert self.ticket.words is not None
-        count, length = 0, 0
-        while count < len(self._drawn) and length < len(text):
-            count += 1
-            length += len(self.ticket.words.of(self._drawn[-count][0]))
-        self._drawn = self._drawn[len(self._drawn) - count :]
-
     def _tell(self) -> None:
         for follower in list(self._followers):
             follower.advance()
+
+
+def covering(text: str, tokens: Sequence[int], words: TokenText) -> int:
+    """How many of the tokens have at least as many characters as text together; all, when none do."""
+    length = 0
+    for count, token in enumerate(tokens):
+        if length >= len(text):
+            return count
+        length += len(words.of(token))
+    return len(tokens)
 
 
 def _to(status: Status, after: Status) -> Status:
