@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
 import typing
 from collections.abc import Callable, Iterator
@@ -228,6 +229,7 @@ def test_what_has_no_effect_is_reported_and_strict_refuses_it(stand: Stand) -> N
     assert reply.status_code == 200
     names = set(reply.headers["x-ignored-params"].split(", "))
     assert {"max_tool_calls", "reasoning.summary", "stream_options.include_obfuscation", "flavour"} <= names
+    assert "include.reasoning.encrypted_content" in names
     assert {"reasoning.effort", "text.verbosity"} <= names  # this model has no such dials
     with standing(strict=True) as strict:
         assert strict.post(URL, {"input": "hi", "flavour": "mint"}).status_code == 400
@@ -440,6 +442,28 @@ def test_a_response_that_is_not_stored_is_nowhere() -> None:
         text = stand.post(URL, {"input": "hi", "store": False, "stream": True}).text
         assert get(stand, events(text)[-1]["response"]["id"]).status_code == 404
         assert stand.call(lambda: stand.app.store.figures.entries) == 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_clients_that_leave_at_any_moment_leave_nothing_behind(seed: int, tmp_path: Path) -> None:
+    draw = random.Random(seed)
+    store = SqliteStore(str(tmp_path / "responses.db")) if seed % 2 else None
+    with standing(engine={"step_s": 0.001}, store=store) as stand:
+        for _ in range(12):
+            body = {**ENDLESS, "max_output_tokens": draw.randint(1, 60), "stream": draw.random() < 0.5}
+            body["background"] = draw.random() < 0.3
+            peer = raw_post(stand.port, URL, body)
+            left = draw.randint(0, 6000 if body["stream"] else 200)
+            while left > 0:
+                part = peer.recv(min(left, 500))
+                assert part
+                left = 0 if part.endswith(b"0\r\n\r\n") else left - len(part)
+            if draw.random() < 0.5:
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            peer.close()
+        app = stand.app
+        until(stand, lambda: not app.tasks and not app.replies and not stand.bridge.live and not len(app.keep_alive))
+        assert stand.call(lambda: app.store.figures.entries) <= 12  # one cut off at once may never have been read
 
 
 def test_a_full_queue_refuses_and_leaves_nothing_behind() -> None:

@@ -57,7 +57,7 @@ def parse(body: dict[str, object], vocab_size: int, strict: bool = False) -> Res
     """body as a ResponseRequest.  Raises BadRequest."""
     values, unknown = read(body, row.RESPONSES, vocab_size, strict)
     unknown += values[row.STREAM_CHOICES] + values[row.TEXT_ANSWER].ignored + values[row.REASONING].ignored
-    unknown += tuple(f"include: {name}" for name in values[row.INCLUDE] if name != LOGPROBS)
+    unknown += tuple(f"include.{name}" for name in values[row.INCLUDE] if name != LOGPROBS)
     if strict and unknown:
         raise without_effect(unknown[0])
     items, prompt = values[row.INPUT], values[row.PROMPT_TEXT]
