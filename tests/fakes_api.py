@@ -16,6 +16,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from tests.fakes_engine import FakeEngine, Script
 from vserve.api.app import App, Model, Options
+from vserve.api.encoder import EncoderModel
 from vserve.api.failure import render
 from vserve.api.routes import Gate, routes, table
 from vserve.bridge import Bridge
@@ -134,11 +135,14 @@ def standing(
     send_buffer: int | None = None,
     reply_headers: ReplyHeaders | None = None,
     store: Store | None = None,
+    encoder: Callable[[asyncio.AbstractEventLoop], EncoderModel] | None = None,
+    generates: bool = True,
     **changes: object,
 ) -> Iterator[Stand]:
     """A front end on a free loopback port; with ready false the model is still missing.
 
-    send_buffer: bytes that the kernel takes for a client that does not read.
+    send_buffer: bytes that the kernel takes for a client that does not read.  encoder: makes the embedding model.
+    generates: whether the fake engine is served too.
     """
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="loop", daemon=True)
@@ -179,7 +183,8 @@ def standing(
     stand, model = asyncio.run_coroutine_threadsafe(build(), loop).result(10)
     stand.engine.start()
     if ready:
-        stand.call(lambda: stand.app.ready(model))
+        embedding = encoder(loop) if encoder is not None else None
+        stand.call(lambda: stand.app.ready(model if generates else None, embedding))
     try:
         yield stand
     finally:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 STDLIB = frozenset(sys.stdlib_module_names)
 
-POLICY = frozenset({"request", "inbox", "pages", "prefix", "sequence", "scheduler"})
+POLICY = frozenset({"encoding", "encoding_queue", "request", "inbox", "pages", "prefix", "sequence", "scheduler"})
 """Modules of vserve.engine that decide and never touch a tensor."""
 
 RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
@@ -32,9 +32,10 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     ),
     "observe": (frozenset({"errors"}), frozenset({"prometheus_client"})),
     "bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
+    "encoder_bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
     "store": (frozenset({"errors"}), frozenset()),
     "api": (
-        frozenset({"http", "text", "bridge", "engine.policy", "errors", "observe", "store", ""}),
+        frozenset({"http", "text", "bridge", "encoder_bridge", "engine.policy", "errors", "observe", "store", ""}),
         frozenset({"orjson"}),
     ),
 }

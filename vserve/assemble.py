@@ -26,6 +26,7 @@ from vserve.model.decoder import Decoder
 from vserve.model.loader import load
 from vserve.model.memory import CachePlan, gib, host_budget, host_memory, plan_cache
 from vserve.model.source import ModelSource, SourceKind, resolve
+from vserve.model.threads import Sharing
 from vserve.observe.heartbeat import Heartbeat
 from vserve.observe.progress import Reporter
 from vserve.text import gguf_vocab
@@ -80,9 +81,13 @@ def assemble(
     publish: Callable[[list[Emit], EngineStats], None],
     died: Callable[[EngineDied], None],
     reporter: Reporter,
+    sharing: Sharing | None = None,
 ) -> Engine:
-    """Find, load and warm up the model of config.  G only.  Raises StartupError; anything else is a bug."""
-    device = _device(config)
+    """Find, load and warm up the model of config.  G only.  Raises StartupError; anything else is a bug.
+
+    sharing: of the cores with an embedding model in this process.
+    """
+    device = choose_device(config)
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     reporter.begin("finding the model")
     source = resolve(
@@ -133,6 +138,9 @@ def assemble(
     warm_up(runner, limits)
     reporter.end()
     heartbeat = Heartbeat(time.monotonic())
+    if sharing is not None and isinstance(decoder, Decoder):
+        sharing.stepping = lambda: heartbeat.stepping
+        decoder.share_cores(sharing)
     idle = None if isinstance(runner, Runner) else runner.idle
     depth = 1 if device.type == "cpu" else 2
     loop = EngineLoop(inbox, Scheduler(limits), runner, publish, died, heartbeat, depth=depth, idle=idle, owns_gc=True)
@@ -177,7 +185,8 @@ def warm_up(runner: StepRunner, limits: Limits) -> None:
             scheduler.commit(plan, runner.launch(plan).wait(), 0.0)
 
 
-def _device(config: Config) -> torch.device:
+def choose_device(config: Config) -> torch.device:
+    """Where models run.  Raises StartupError for a device that is not there."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise StartupError("--device cuda: torch sees no CUDA device here; use --device cpu or install torch for CUDA")
     use_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())

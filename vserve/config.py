@@ -69,6 +69,21 @@ class Config:
     served_model_name: tuple[str, ...] = _option(
         (), "name clients use in the field model; repeat the flag for several, the first is shown", "model"
     )
+    embedding_model: str | None = _option(
+        None,
+        "model of /v1/embeddings, /score and /rerank, beside the one that generates: a Hugging Face folder or a hub id "
+        "of the BERT or XLM-RoBERTa family; such a model as --model is served alone",
+        "model",
+    )
+    served_embedding_model_name: tuple[str, ...] = _option(
+        (), "name clients use for the embedding model; repeat the flag for several, the first is shown", "model"
+    )
+    embedding_dtype: str = _option(
+        "auto",
+        "type of the embedding model's weights; auto: float32 on CPU, the model's own on GPU",
+        "model",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
     load_format: str = _option(
         "auto",
         "auto reads the files; dummy makes random weights from config.json, for benchmarks",

@@ -29,6 +29,7 @@ from vserve.observe.progress import Progress, Reporter
 from vserve.observe.watchdog import Watchdog
 
 if TYPE_CHECKING:  # torch comes with it: imported on G, while L already answers probes
+    from vserve.api.app import Model
     from vserve.assemble import Engine
     from vserve.http.site import AccessEntry
 
@@ -40,6 +41,12 @@ SETTLE_S = 1.0
 STALL_GRACE_S = 0.5
 """At the end for a stall: all streams have their error event, and it takes at most twice this to reach them."""
 ENGINE_JOIN_S = 1.0
+CHAT_EXAMPLE = (
+    "/v1/chat/completions",
+    '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 32}',
+)
+EMBED_EXAMPLE = ("/v1/embeddings", '{"input": "What is the capital of France?"}')
+SCORE_EXAMPLE = ("/score", '{"text_1": "What is the capital of France?", "text_2": "Paris is a city in France."}')
 EXIT_BUG = 1
 EXIT_ENGINE_DIED = 3
 
@@ -50,7 +57,7 @@ def serve(config: Config) -> int:
     """Serve until a signal or the engine's end; returns the exit code.  Main thread only."""
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
     # What torch's libraries read once, when they are loaded.  A tile instruction is used in reduced precision only.
-    reduced = config.device != "cuda" and config.dtype in ("bfloat16", "float16")
+    reduced = config.device != "cuda" and not {config.dtype, config.embedding_dtype}.isdisjoint(("bfloat16", "float16"))
     os.environ.update(cpu.library_environment(os.environ, reduced_precision=reduced))
     faulthandler.enable()  # a model file cut while it is mapped ends the process by a signal: say where
     import uvloop
@@ -78,12 +85,13 @@ class _Service:
         self._hurry = asyncio.Event()
         self._failure: BaseException | None = None
         self._engine: Engine | None = None
+        self._encoder_runs = False
         self._watchdog: Watchdog | None = None
 
     @property
     def engine_runs(self) -> bool:
-        """Whether the engine thread is still there.  After ``run``: it did not end when it was told to."""
-        return self._thread.is_alive()
+        """Whether a thread that computes is still there.  After ``run``: it did not end when it was told to."""
+        return self._thread.is_alive() or self._encoder_runs
 
     async def run(self) -> int:
         """The whole life.  Raises StartupError when the server cannot start as asked."""
@@ -92,6 +100,7 @@ class _Service:
         from vserve.api.routes import Gate, routes, table
         from vserve.bridge import Bridge
         from vserve.edge import Edge, limits, response_store, root_path
+        from vserve.encoder_service import EncoderService
         from vserve.engine.inbox import Inbox
         from vserve.http.router import Router
         from vserve.http.server import HttpServer
@@ -130,6 +139,7 @@ class _Service:
             await self._http.listen(uds=config.uds, ssl_context=edge.ssl_context)
         self._inbox = Inbox(config.max_queue, token_limit=config.max_queued_tokens, retry_after=self._app.retry_after_s)
         self._bridge = Bridge(loop, self._inbox)
+        self._encoder = EncoderService(config, self._app, loop)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         reporter = Reporter(sys.stderr, self._progress)
@@ -151,55 +161,72 @@ class _Service:
             self._bridge.died(error)
             tell(self._on_failure, error)
 
-        try:
-            from vserve.assemble import assemble
+        def encoder_failed(error: EngineDied) -> None:
+            tell(self._on_failure, error)
 
-            engine = assemble(self._config, self._inbox, self._bridge.publish, died, reporter)
+        engine: Engine | None = None
+        encoder = self._encoder
+        try:
+            from vserve.assemble import assemble, choose_device
+            from vserve.assemble_encoder import wanted
+
+            embedding, generates = wanted(self._config)
+            if embedding is not None:  # first: what it takes of a GPU is then known when the KV cache is made
+                encoder.load(embedding, choose_device(self._config), encoder_failed, reporter)
+            if generates:
+                sharing = None if encoder.engine is None else encoder.engine.sharing
+                engine = assemble(self._config, self._inbox, self._bridge.publish, died, reporter, sharing)
         except BaseException as error:  # whatever it is, L must hear of it: it waits for nothing else
             reporter.end()
             tell(self._on_failure, error)
             return
-        if engine.gpu_uuid is not None:
+        if engine is not None and engine.gpu_uuid is not None:
             self._app.metrics.gpu = utilization_reader(engine.gpu_uuid)  # here: the driver may take its time
         gc.collect()
         gc.freeze()  # what was made at start stays: the collector need not look at it again
         tell(self._on_ready, engine)
-        engine.loop.run()
+        if encoder.engine is not None:
+            encoder.start()
+        if engine is not None:
+            engine.loop.run()
 
     # ---- L -----------------------------------------------------------------------------------------------------
 
     def _progress(self, progress: Progress) -> None:
         self._app.starting(progress.phase, progress.share)  # any thread may
 
-    def _on_ready(self, engine: Engine) -> None:
+    def _on_ready(self, engine: Engine | None) -> None:
+        self._engine = engine
+        self._app.ready(None if engine is None else self._model(engine), self._encoder.model())
+        on_stall = self._stalled if self._config.exit_on_stall else None
+        self._encoder.watch(on_stall)
+        if engine is not None:
+            self._watchdog = Watchdog(
+                engine.heartbeat,
+                self._config.stall_timeout_s,
+                sys.stderr,
+                on_stall=self._on_stall if self._config.exit_on_stall else None,
+            )
+            self._watchdog.start()
+        self._welcome(engine)
+
+    def _model(self, engine: Engine) -> Model:
         from vserve.api.app import Model
 
-        config, source = self._config, engine.source
-        self._engine = engine
-        names = config.served_model_name or (source.name,)
-        self._app.ready(
-            Model(
-                names=names,
-                tokenizer=engine.tokenizer,
-                template=engine.template,
-                bridge=self._bridge,
-                waiting=self._inbox,
-                max_model_len=engine.plan.max_model_len,
-                vocab_size=source.config.vocab_size,
-                generation_config=source.generation_config,
-                heartbeat=engine.heartbeat,
-            )
+        source = engine.source
+        return Model(
+            names=self._config.served_model_name or (source.name,),
+            tokenizer=engine.tokenizer,
+            template=engine.template,
+            bridge=self._bridge,
+            waiting=self._inbox,
+            max_model_len=engine.plan.max_model_len,
+            vocab_size=source.config.vocab_size,
+            generation_config=source.generation_config,
+            heartbeat=engine.heartbeat,
         )
-        self._watchdog = Watchdog(
-            engine.heartbeat,
-            config.stall_timeout_s,
-            sys.stderr,
-            on_stall=self._on_stall if config.exit_on_stall else None,
-        )
-        self._watchdog.start()
-        self._welcome(engine, names[0])
 
-    def _welcome(self, engine: Engine, name: str) -> None:
+    def _welcome(self, engine: Engine | None) -> None:
         """Say where, what and how fast, and give a line to try."""
         address = self._http.addresses[0]
         scheme = "http" if self._config.ssl_certfile is None else "https"
@@ -211,17 +238,30 @@ class _Service:
             option = ""
         key = " -H 'authorization: Bearer KEY'" if self._app.keys.guards("infer") else ""
         took = time.perf_counter() - self._began_s
-        print(engine.plan.explain())
-        print(f"vserve {__version__} serves {name} on {engine.device.type} at {url} (ready in {took:.1f} s)")
-        print(
-            f"try: curl {option}{url}/v1/chat/completions{key} -H 'content-type: application/json' "
-            """-d '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 32}'""",
-            flush=True,
-        )
+        encoder = self._encoder.engine
+        names: list[str] = []
+        device = ""
+        path, body = "", ""
+        if encoder is not None:
+            print(encoder)
+            names.insert(0, (self._config.served_embedding_model_name or (encoder.source.name,))[0])
+            device, (path, body) = encoder.device.type, EMBED_EXAMPLE
+            if encoder.source.config.architecture.cross:
+                path, body = SCORE_EXAMPLE
+        if engine is not None:
+            print(engine.plan.explain())
+            names.insert(0, (self._config.served_model_name or (engine.source.name,))[0])
+            device, (path, body) = engine.device.type, CHAT_EXAMPLE
+        served = " and ".join(names)
+        print(f"vserve {__version__} serves {served} on {device} at {url} (ready in {took:.1f} s)")
+        print(f"try: curl {option}{url}{path}{key} -H 'content-type: application/json' -d '{body}'", flush=True)
 
     def _on_stall(self, reason: str) -> None:
         error = EngineStalled(f"The engine hangs: {reason}")
         self._bridge.died(error)  # as if it had ended: every open and later stream fails
+        self._stalled(error)
+
+    def _stalled(self, error: EngineStalled) -> None:
         asyncio.get_running_loop().call_soon(self._on_failure, error)
 
     def _exchanged(self, entry: AccessEntry) -> None:
@@ -249,6 +289,7 @@ class _Service:
         if self._app.replies:
             self._app.abort(Unavailable("The server is shutting down; this reply was cut short."))
         await self._app.settle(SETTLE_S)
+        self._encoder.stop()
         if self._engine is not None:
             self._engine.loop.stop()
         if self._watchdog is not None:
@@ -258,6 +299,7 @@ class _Service:
         self._app.stopped()
         if self._engine is not None and not stalled:
             self._thread.join(ENGINE_JOIN_S)
+        self._encoder_runs = self._encoder.join(0.0 if stalled else ENGINE_JOIN_S)
         if isinstance(self._failure, StartupError):
             raise self._failure
         if isinstance(self._failure, EngineDied):

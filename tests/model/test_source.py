@@ -17,6 +17,7 @@ from safetensors.torch import save, save_file
 
 from vserve.errors import StartupError
 from vserve.model import source as source_module
+from vserve.model.encoder_source import Pooling, names_encoder, resolve_encoder
 from vserve.model.hub import HubSettings, cached, is_hub_id
 from vserve.model.source import SourceKind, resolve
 
@@ -341,6 +342,26 @@ def test_a_hub_id_is_downloaded_with_progress_and_then_served_from_the_cache(tmp
     assert torch.equal(source.open_weights().get("model.norm.weight").dense(), torch.ones(8))
     again = resolve("org/name", environ={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"})
     assert again.path == source.path
+
+
+def test_a_download_of_an_embedding_model_brings_its_modules(
+    tmp_path: Path, hub_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {
+        "architectures": ["BertModel"], "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "intermediate_size": 8,
+    }  # fmt: skip
+    modules = [{"type": "x.Transformer", "path": ""}, {"type": "x.Pooling", "path": "1_Pooling"}]
+    monkeypatch.setitem(HUB_FILES, "config.json", json.dumps(config).encode())
+    monkeypatch.setitem(HUB_FILES, "modules.json", json.dumps(modules).encode())
+    monkeypatch.setitem(HUB_FILES, "1_Pooling/config.json", b'{"pooling_mode_cls_token": true}')
+    environ = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub_address}
+    assert not names_encoder("org/name", environ=environ)
+    source = resolve_encoder("org/name", environ=environ)
+    assert (source.name, source.poolings) == ("org/name", (Pooling.CLS,))
+    assert not (source.path / "onnx").exists()
+    assert names_encoder("org/name", environ=environ)
+    assert resolve_encoder("org/name", environ={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}).path == source.path
 
 
 def test_a_download_for_dummy_weights_leaves_the_weights_out(tmp_path: Path, hub_address: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from vserve.model.threads import LOOK_EVERY_S, Neighbours, StepThreads
+from vserve.model.threads import LOOK_EVERY_S, Neighbours, Sharing, StepThreads
 
 
 class Machine:
@@ -97,6 +97,29 @@ def test_steps_between_two_looks_keep_the_number() -> None:
     machine.run(LOOK_EVERY_S / 2, others=LOOK_EVERY_S / 2)
     threads.prepare()
     assert torch.get_num_threads() == 2
+
+
+def test_two_models_in_one_process_share_the_cores() -> None:
+    sharing = Sharing(4)
+    assert (sharing.step_threads, sharing.encoder_threads) == (4, 4)
+    sharing.encoding = True
+    assert (sharing.step_threads, sharing.encoder_threads) == (3, 4)
+    sharing.stepping = lambda: True
+    assert (sharing.step_threads, sharing.encoder_threads) == (3, 1)
+    assert Sharing(1).step_threads == Sharing(1).encoder_threads == 1
+
+
+def test_a_limit_is_looked_at_before_every_step() -> None:
+    machine = Machine()
+    threads = StepThreads(2, machine.neighbours(), lambda: machine.now_s)
+    sharing = Sharing(2)
+    threads.limit = lambda: sharing.step_threads
+    seen = []
+    for encoding in (False, True, False):
+        sharing.encoding = encoding
+        threads.prepare()
+        seen.append(torch.get_num_threads())
+    assert seen == [2, 1, 2]
 
 
 def test_the_counters_of_this_machine_can_be_read() -> None:

@@ -16,12 +16,13 @@ from typing import Protocol, TypeVar
 
 from vserve.api.access import Keys
 from vserve.api.defaults import Defaults
+from vserve.api.encoder import EncoderModel, EncoderServed
 from vserve.api.keepalive import KeepAlive
 from vserve.api.load import Usage
 from vserve.api.meter import SeriesMeter, engine_now
 from vserve.api.status import Lifecycle, Status
 from vserve.bridge import Bridge
-from vserve.errors import ApiError, NotFound, RateLimited, Unavailable, shorten
+from vserve.errors import ApiError, BadRequest, NotFound, RateLimited, Unavailable, shorten
 from vserve.http.exchange import Exchange
 from vserve.http.site import AccessEntry
 from vserve.observe.heartbeat import Heartbeat
@@ -93,23 +94,31 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A Model with what follows from it, worked out once."""
+    """A Model with what follows from it, worked out once.  embedding: names of the embedding model beside it."""
 
     model: Model
     defaults: Defaults
     eos_ids: frozenset[int]
     fingerprint: str
     created_s: int
+    embedding: tuple[str, ...] = ()
 
     def name(self, asked: str | None) -> str:
-        """The served name a request means.  Raises NotFound that lists the valid ones."""
+        """The served name a request means.
+
+        Raises NotFound that lists the valid ones, BadRequest for one that does not generate.
+        """
         names = self.model.names
         if not asked:
             return names[0]
-        if asked not in names:
-            valid = ", ".join(names)
-            raise NotFound(f"The model `{shorten(asked)[1:-1]}` does not exist. Valid models: {valid}", param="model")
-        return asked
+        if asked in names:
+            return asked
+        shown, valid = shorten(asked)[1:-1], ", ".join(names)
+        if asked in self.embedding:
+            raise BadRequest(
+                f"The model `{shown}` is for embeddings and does not generate text; use {valid}.", param="model"
+            )
+        raise NotFound(f"The model `{shown}` does not exist. Valid models: {valid}", param="model")
 
 
 class Ending(Protocol):
@@ -136,19 +145,34 @@ class App:
         self.tasks: set[asyncio.Task[None]] = set()  # what goes on without a connection
         self._pool = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         self._served: Served | None = None
+        self._encoder: EncoderServed | None = None
 
     def starting(self, phase: str, share: float | None = None) -> None:
         """Say what the start is busy with, and how much of it is done in [0, 1].  Any thread."""
         self.life.report(phase, share)
 
-    def ready(self, model: Model) -> None:
-        """Start serving the model.  A server already told to drain stays so."""
+    def ready(self, model: Model | None, encoder: EncoderModel | None = None) -> None:
+        """Start serving the model, an embedding model, or both.  A server already told to drain stays so."""
+        if encoder is not None:
+            self._encoder = EncoderServed(encoder, self.options.max_queue, self.options.max_queued_tokens)
+            self.metrics.serve_encoder(self._encoder.series)
+        if model is not None:
+            self._serve(model)
+        if self.life.status is Status.STARTING:
+            self.life.to(Status.READY)
+
+    def _serve(self, model: Model) -> None:
+        embedding: tuple[str, ...] = ()
+        if self._encoder is not None:
+            embedding = self._encoder.model.names
+            self._encoder.generative = model.names
         self._served = Served(
             model=model,
             defaults=Defaults.of(model.generation_config),
             eos_ids=model.tokenizer.eos_ids | _eos_ids(model.generation_config, model.vocab_size),
             fingerprint="fp_" + hashlib.sha256(f"{self.options.version}/{model.names}".encode()).hexdigest()[:10],
             created_s=int(time.time()),
+            embedding=embedding,
         )
         model.bridge.on_stats = self.usage.observe
         series = EngineSeries(
@@ -158,8 +182,6 @@ class App:
         )
         model.bridge.meter = SeriesMeter(series)
         self.metrics.serve(series)
-        if self.life.status is Status.STARTING:
-            self.life.to(Status.READY)
 
     def drain(self) -> None:
         """Refuse new work from now on; replies under way go on.  Calling it again changes nothing."""
@@ -188,23 +210,42 @@ class App:
     @property
     def status(self) -> Status:
         """The status now; an engine that died since the last look is noticed here."""
-        if self._served is not None and self._served.model.bridge.death is not None and self.life.can(Status.DEAD):
+        bridges = [part.model.bridge for part in (self._served, self._encoder) if part is not None]
+        if any(bridge.death is not None for bridge in bridges) and self.life.can(Status.DEAD):
             self.life.to(Status.DEAD)
         return self.life.status
 
     @property
     def served(self) -> Served:
-        """The model being served.  Raises Unavailable while there is none or none any more."""
+        """The model that generates.  Raises Unavailable while nothing is served, NotFound where only embeddings are."""
         error = self.unavailable()
         if error is not None:
             raise error
-        assert self._served is not None  # READY is reached through ready() only
+        if self._served is None:
+            raise NotFound("This server has only an embedding model: it does not generate text.", param="model")
         return self._served
+
+    @property
+    def encoder(self) -> EncoderServed:
+        """The embedding model.  Raises Unavailable while nothing is served, NotFound where there is no such model."""
+        error = self.unavailable()
+        if error is not None:
+            raise error
+        if self._encoder is None:
+            raise NotFound(
+                "This server has no embedding model; it is started with --embedding-model to have one.", param="model"
+            )
+        return self._encoder
 
     @property
     def loaded(self) -> Served | None:
         """The model, whatever the status; None until it is loaded."""
         return self._served
+
+    @property
+    def loaded_encoder(self) -> EncoderServed | None:
+        """The embedding model, whatever the status; None until it is loaded, and where there is none."""
+        return self._encoder
 
     def unavailable(self) -> Unavailable | None:
         """Why no new work is taken, or None when it is."""
@@ -241,6 +282,14 @@ class App:
                 text = f"{count} {what} are waiting, the limit is {limit}; try again later."
                 return RateLimited(text, retry_after_s=self.retry_after_s())
         return None
+
+    def encoder_overloaded(self) -> RateLimited | None:
+        """The 429 for the embedding model's full queue, or None while there is room."""
+        return None if self._encoder is None else self._encoder.overloaded()
+
+    def encoder_retry_after_s(self) -> int:
+        """Whole seconds until the embedding model's queue has probably drained."""
+        return 1 if self._encoder is None else self._encoder.retry_after_s()
 
     def retry_after_s(self) -> int:
         """Whole seconds until a full queue has probably drained, from the rate at which requests finished lately."""

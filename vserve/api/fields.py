@@ -197,6 +197,18 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
+class OneOf:
+    """One of a few strings."""
+
+    values: tuple[str, ...]
+
+    def check(self, value: object, path: str, vocab_size: int) -> str:
+        if type(value) is str and value in self.values:
+            return value
+        raise wrong(path, f"one of {', '.join(self.values)}", value)
+
+
+@dataclass(frozen=True, slots=True)
 class Stops:
     """A stop string or a list of at most max_items of them, none empty."""
 

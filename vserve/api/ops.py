@@ -72,6 +72,11 @@ class Ops:
             figures["kv_cache_usage"] = round(stats.cache_usage, 4)
             figures["kv_blocks_held"] = stats.total_blocks - stats.free_blocks - stats.cached_blocks
             figures["kv_blocks_total"] = stats.total_blocks
+        encoder = app.loaded_encoder
+        if encoder is not None:
+            figures["active_workers"] = int(self._well())
+            figures["embedding_requests"] = encoder.model.waiting.size
+            figures["embedding_tokens"] = encoder.model.waiting.tokens
         return Response(200, orjson.dumps(figures))
 
     async def metrics(self, exchange: Exchange) -> Response:
@@ -85,11 +90,9 @@ class Ops:
         app = self._app
         if app.status in (Status.DEAD, Status.STOPPED):
             return False
-        served = app.loaded
-        if served is None:
-            return True
-        bound_s = app.options.stall_timeout_s
-        return served.model.heartbeat.verdict(time.monotonic(), stall_bound_s=bound_s).healthy
+        bound_s, now_s = app.options.stall_timeout_s, time.monotonic()
+        beats = [part.model.heartbeat for part in (app.loaded, app.loaded_encoder) if part is not None]
+        return all(beat.verdict(now_s, stall_bound_s=bound_s).healthy for beat in beats)
 
     def _report(self, good: bool) -> Response:
         app = self._app
@@ -106,6 +109,13 @@ class Ops:
             fields["reason"] = verdict.reason
             fields["running"] = stats.running
             fields["waiting"] = served.model.waiting.size
+        encoder = app.loaded_encoder
+        if encoder is not None:
+            bound_s = app.options.stall_timeout_s
+            verdict = encoder.model.heartbeat.verdict(time.monotonic(), stall_bound_s=bound_s)
+            fields["embedding_heartbeat_age_s"] = round(verdict.age_s, 3)
+            fields["embedding_reason"] = verdict.reason
+            fields["embedding_requests"] = encoder.model.waiting.size
         return Response(200 if good else 503, orjson.dumps(fields), headers=() if good else _RETRY)
 
 

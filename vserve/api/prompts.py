@@ -75,6 +75,28 @@ class Texts:
 
 
 @dataclass(frozen=True, slots=True)
+class Documents:
+    """A list of strings or of objects with a string text; other keys of an object are not read."""
+
+    max_items: int
+
+    def check(self, value: object, path: str, vocab_size: int) -> tuple[str, ...]:
+        if not isinstance(value, list):
+            raise wrong(path, "a list of strings or of objects with a text", value)
+        if not value:
+            raise BadRequest(f"`{path}` is an empty list; give at least one document.", param=path)
+        if len(value) > self.max_items:
+            raise BadRequest(f"`{path}` takes at most {self.max_items} documents, got {len(value)}.", param=path)
+        texts: list[str] = []
+        for i, item in enumerate(value):
+            text = item.get("text") if isinstance(item, dict) else item
+            if type(text) is not str:
+                raise wrong(f"{path}[{i}]", "a string or an object with a string text", item)
+            texts.append(text)
+        return tuple(texts)
+
+
+@dataclass(frozen=True, slots=True)
 class Messages:
     """A conversation: objects with a role and text content; further keys reach the template as they are."""
 

@@ -60,7 +60,7 @@ def parse(body: dict[str, object], vocab_size: int, strict: bool = False) -> Res
     unknown += tuple(f"include.{name}" for name in values[row.INCLUDE] if name != LOGPROBS)
     if strict and unknown:
         raise without_effect(unknown[0])
-    items, prompt = values[row.INPUT], values[row.PROMPT_TEXT]
+    items, prompt = values[row.RESPONSE_INPUT], values[row.PROMPT_TEXT]
     if items is None and prompt is None:
         raise BadRequest("`input` is required.", param="input")
     if items is not None and prompt is not None:

@@ -14,9 +14,11 @@ from vserve.api.access import METRICS, Key
 from vserve.api.app import App
 from vserve.api.chat import Chat
 from vserve.api.completions import Completions
+from vserve.api.embeddings import Embeddings
 from vserve.api.models import Models
 from vserve.api.ops import Ops
 from vserve.api.responses import Responses
+from vserve.api.score import Score
 from vserve.api.tokens import Tokens
 from vserve.errors import ApiError
 from vserve.http.exchange import Handler, Headers
@@ -32,6 +34,7 @@ class Need(enum.Enum):
     NOTHING = enum.auto()
     MODEL = enum.auto()  # a loaded model, and a server that is not draining
     ROOM = enum.auto()  # the same, and room in the engine's queue
+    ENCODER_ROOM = enum.auto()  # the same for the embedding model's queue
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ class HasHeaders(Protocol):
 
 def table(app: App) -> tuple[Entry, ...]:
     """Every route of the server.  HEAD is served wherever GET is."""
-    ops, models, tokens, responses = Ops(app), Models(app), Tokens(app), Responses(app)
+    ops, models, tokens, score, responses = Ops(app), Models(app), Tokens(app), Score(app), Responses(app)
     get, post = ("GET",), ("POST",)
     return (
         Entry("ping", ("GET", "POST"), ("/ping",), ops.ping, OPEN, Need.NOTHING),
@@ -76,6 +79,9 @@ def table(app: App) -> tuple[Entry, ...]:
         Entry("response_delete", ("DELETE",), ("/v1/responses/{id}",), responses.delete, INFER, Need.NOTHING),
         Entry("response_cancel", post, ("/v1/responses/{id}/cancel",), responses.cancel, INFER, Need.NOTHING),
         Entry("response_items", get, ("/v1/responses/{id}/input_items",), responses.input_items, INFER, Need.NOTHING),
+        Entry("embeddings", post, ("/v1/embeddings",), Embeddings(app).create, INFER, Need.ENCODER_ROOM),
+        Entry("score", post, ("/score", "/v1/score"), score.score, INFER, Need.ENCODER_ROOM),
+        Entry("rerank", post, ("/rerank", "/v1/rerank", "/v2/rerank"), score.rerank, INFER, Need.ENCODER_ROOM),
         Entry("tokenize", post, ("/tokenize", "/v1/tokenize"), tokens.tokenize, INFER, Need.MODEL),
         Entry("detokenize", post, ("/detokenize", "/v1/detokenize"), tokens.detokenize, INFER, Need.MODEL),
     )
@@ -126,5 +132,7 @@ class Gate:
             refusal = app.unavailable()
             if refusal is None and entry.need is Need.ROOM:
                 refusal = app.overloaded()
+            elif refusal is None and entry.need is Need.ENCODER_ROOM:
+                refusal = app.encoder_overloaded()
         # Last: only a request that is let in otherwise counts against its key's rate.
         return refusal if refusal is not None else app.keys.spend(caller)

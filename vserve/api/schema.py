@@ -17,6 +17,7 @@ from vserve.api.fields import (
     LogitBias,
     Object,
     Objects,
+    OneOf,
     Stops,
     Text,
     TokenIds,
@@ -25,7 +26,7 @@ from vserve.api.fields import (
     refused,
     table,
 )
-from vserve.api.prompts import PROMPT_TOKEN_LIMIT, Message, Messages, Prompt, Prompts, Texts
+from vserve.api.prompts import PROMPT_TOKEN_LIMIT, Documents, Message, Messages, Prompt, Prompts, Texts
 from vserve.api.responses_fields import (
     Choosing,
     FunctionTools,
@@ -250,7 +251,9 @@ TOKENIZE = table(
 DETOKENIZE = table(MODEL, TOKENS, TOKEN_IDS, KEEP_SPECIAL)
 
 # Responses.  What is not here but in PASSED_ON is chat's own row: the value is handed on as it came.
-INPUT: Field[tuple[Item, ...] | None] = Field("input", InputItems(), None, "a text, or the items of a conversation")
+RESPONSE_INPUT: Field[tuple[Item, ...] | None] = Field(
+    "input", InputItems(), None, "a text, or the items of a conversation"
+)
 PROMPT_TEXT: Field[str | None] = Field("prompt", PromptText(), None, "short form: a text, answered in the background")
 INSTRUCTIONS: Field[str | None] = Field("instructions", Text(2**24), None, "a system message before the conversation")
 BACKGROUND: Field[bool | None] = Field(
@@ -294,9 +297,9 @@ PASSED_ON = (
 )  # fmt: skip
 
 RESPONSES = table(
-    *(CHAT[name] for name in PASSED_ON), INPUT, PROMPT_TEXT, INSTRUCTIONS, BACKGROUND, MAX_OUTPUT_TOKENS, METADATA,
-    PREVIOUS, REASONING, STORE, STREAM, STREAM_CHOICES, TEXT_ANSWER, RESPONSE_TOOLS, RESPONSE_TOOL_CHOICE, TRUNCATION,
-    INCLUDE, TOP_LOGPROBS,
+    *(CHAT[name] for name in PASSED_ON), RESPONSE_INPUT, PROMPT_TEXT, INSTRUCTIONS, BACKGROUND, MAX_OUTPUT_TOKENS,
+    METADATA, PREVIOUS, REASONING, STORE, STREAM, STREAM_CHOICES, TEXT_ANSWER, RESPONSE_TOOLS, RESPONSE_TOOL_CHOICE,
+    TRUNCATION, INCLUDE, TOP_LOGPROBS,
     refused("conversation", "conversations kept by the server; previous_response_id goes on from a response"),
     refused("n", "several answers", (1,)),
     refused("messages", "a field of /v1/chat/completions; this endpoint has input"),
@@ -317,4 +320,56 @@ RESPONSES = table(
     ignored("request_id", "ids of responses are the server's own"),
     ignored("return_token_ids", "a response has no place for token ids", (False,)),
     ignored("return_tokens_as_token_ids", "tokens are shown as text", (False,)),
+)  # fmt: skip
+
+# Embedding endpoints.
+MAX_INPUTS = 2048
+INPUT: Field[tuple[Prompt, ...]] = Field(
+    "input", Prompts(MAX_INPUTS), (), "a text, token ids, or a list of either", required=True
+)
+ENCODING_FORMAT: Field[str] = Field(
+    "encoding_format", OneOf(("float", "base64")), "float", "numbers, or little-endian float32 in base64"
+)
+DIMENSIONS: Field[int | None] = Field(
+    "dimensions", Int(1, 2**20), None, "keep so many numbers of a vector; only the sizes that the model was made for"
+)
+NORMALIZE: Field[bool | None] = Field(
+    "normalize", Bool(), None, "vectors of length 1, or as the model made them; the model's own choice by default"
+)
+TRUNCATE_INPUT: Field[int | None] = Field(
+    "truncate_prompt_tokens", Int(-1, _INT32), None, "keep the first so many tokens of an input; -1: as many as fit"
+)
+_ENCODER: tuple[object, ...] = (
+    MODEL, TRUNCATE_INPUT, PRIORITY, TIMEOUT_MS, REQUEST_ID, USER,
+    refused("truncation_side", "inputs are cut at their end", ("right",)),
+    refused("mm_processor_kwargs", "images and audio", ({},)),
+    ignored("cache_salt", "nothing is cached"),
+    ignored("additional_data", "data for extensions", ({},)),
+)  # fmt: skip
+EMBEDDINGS = table(
+    *_ENCODER, INPUT, ENCODING_FORMAT, DIMENSIONS, NORMALIZE, ADD_SPECIAL,
+    refused("messages", "embeddings of conversations"),
+    refused("embed_dtype", "numbers other than float32", ("float32",)),
+    refused("endianness", "big-endian numbers", ("native", "little")),
+)  # fmt: skip
+
+TEXT_1: Field[str | tuple[str, ...] | None] = Field("text_1", Texts(MAX_INPUTS), None, "one text, or as many as text_2")
+TEXT_2: Field[str | tuple[str, ...] | None] = Field("text_2", Texts(MAX_INPUTS), None, "the texts to compare it with")
+QUERIES: Field[str | tuple[str, ...] | None] = Field("queries", Texts(MAX_INPUTS), None, "other name of text_1")
+SCORE_DOCUMENTS: Field[str | tuple[str, ...] | None] = Field(
+    "documents", Texts(MAX_INPUTS), None, "other name of text_2"
+)
+SCORE = table(*_ENCODER, TEXT_1, TEXT_2, QUERIES, SCORE_DOCUMENTS)
+
+QUERY: Field[str] = Field("query", Text(2**24), "", "what the documents are compared with", required=True)
+DOCUMENTS_RANKED: Field[tuple[str, ...]] = Field(
+    "documents", Documents(MAX_INPUTS), (), "strings, or objects with a text", required=True
+)
+TOP_N: Field[int] = Field("top_n", Int(0, _INT32), 0, "return only the best so many; 0: all")
+RETURN_DOCUMENTS: Field[bool] = Field("return_documents", Bool(), True, "each result has its document's text")
+RERANK = table(
+    *_ENCODER, QUERY, DOCUMENTS_RANKED, TOP_N, RETURN_DOCUMENTS,
+    refused("rank_fields", "documents of several fields", (["text"],)),
+    refused("max_chunks_per_doc", "documents in several pieces"),
+    refused("max_tokens_per_doc", "a limit for documents alone; truncate_prompt_tokens cuts query and document"),
 )  # fmt: skip

@@ -16,7 +16,7 @@ from vserve.model.config import ModelConfig
 from vserve.model.layers import Block, Embedding, rotary_tables
 from vserve.model.linear import Linear
 from vserve.model.ops import KvCache, Ops, Step
-from vserve.model.threads import StepThreads
+from vserve.model.threads import Sharing, StepThreads
 
 
 class Decoder:
@@ -43,6 +43,11 @@ class Decoder:
         self._cos, self._sin = rotary_tables(config, norm.device)
         self._scale = config.head_dim**-0.5
         self._threads = StepThreads() if norm.device.type == "cpu" else None
+
+    def share_cores(self, sharing: Sharing) -> None:
+        """Leave an encoder in this process its part of the cores.  Before the first step."""
+        if self._threads is not None:
+            self._threads.limit = lambda: sharing.step_threads
 
     def new_cache(self, num_blocks: int, block_size: int) -> KvCache:
         """Zeroed pages of block_size tokens for every layer; on a CPU a page takes memory when it is first written."""

@@ -92,6 +92,27 @@ class Fields:
             raise self.fail(key, "must be an object")
         return Fields(value, f"{self._where}: {key}") if value else None
 
+    def mapping(self, key: str) -> Mapping[str, object] | None:
+        """The mapping under key as it is, empty or not; None when it is absent."""
+        value = self._values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.fail(key, "must be an object")
+        return value
+
+    def integers(self, key: str, low: int, high: int) -> tuple[int, ...]:
+        """A list of at most 4096 integers in low..high; absent: ()."""
+        value = self._values.get(key)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or len(value) > 4096:
+            raise self.fail(key, "must be a list of at most 4096 integers")
+        for item in value:
+            if not isinstance(item, int) or isinstance(item, bool) or not low <= item <= high:
+                raise self.fail(key, f"must be integers from {low} to {high}")
+        return tuple(value)
+
     def token_ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
         """One token id or a list of them, each below vocab_size, duplicates dropped; absent: ()."""
         value = self._values.get(key)

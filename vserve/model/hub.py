@@ -26,6 +26,7 @@ _REVISION: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _FILES: Final = ("*.json", "*.jinja", "tokenizer.model")
 _WEIGHTS: Final = ("model*.safetensors",)
+_MODULE: Final = re.compile(r"[0-9]{1,2}_[A-Za-z]{1,40}/config\.json", re.ASCII)
 _TRUE: Final = ("1", "ON", "YES", "TRUE")
 _POLL_S: Final = 0.2
 
@@ -142,7 +143,10 @@ class _Transfer:
         return done
 
     def _is_wanted(self, name: str) -> bool:
-        return "/" not in name and any(fnmatchcase(name, pattern) for pattern in self._patterns)
+        """Folders in a repository hold other formats of the same model, but for the modules of an embedding model."""
+        if "/" in name:
+            return _MODULE.fullmatch(name) is not None
+        return any(fnmatchcase(name, pattern) for pattern in self._patterns)
 
     def _download(self) -> None:
         from huggingface_hub import HfApi
@@ -158,9 +162,7 @@ class _Transfer:
                 self._hub_id,
                 revision=self._revision,
                 cache_dir=self._settings.cache,
-                allow_patterns=list(self._patterns),
-                # Folders inside a repository hold other formats of the same model.
-                ignore_patterns=["*/*"],
+                allow_patterns=[name for name in sizes if self._is_wanted(name)],
             )
         )
 

@@ -63,8 +63,33 @@ class Neighbours:
         return self._clock(), ticks * _TICK_S - self._own_s() if ticks else 0.0
 
 
+class Sharing:
+    """How the cores are shared between the token loop and an encoder in one process.  Plain stores, any thread reads.
+
+    total: CPU threads there are.  encoding: whether a batch of texts is being computed.  stepping: whether tokens are.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.encoding = False
+        self.stepping: Callable[[], bool] = lambda: False
+
+    @property
+    def encoder_threads(self) -> int:
+        """All while no tokens are computed, else a quarter."""
+        return max(1, self.total // 4) if self.stepping() else self.total
+
+    @property
+    def step_threads(self) -> int:
+        """What an encoder leaves while it works beside the token loop; all when it rests."""
+        return max(1, self.total - max(1, self.total // 4)) if self.encoding else self.total
+
+
 class StepThreads:
-    """Sets PyTorch's threads before each step: all_threads (default: PyTorch's own count), or one fewer."""
+    """Sets PyTorch's threads before each step: all_threads (default: PyTorch's own count), or one fewer.
+
+    limit: most threads now; set where two models compute in one process.
+    """
 
     def __init__(
         self,
@@ -72,6 +97,7 @@ class StepThreads:
         neighbours: Neighbours | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.limit: Callable[[], int] | None = None
         self._all = torch.get_num_threads() if all_threads is None else all_threads
         self._neighbours = neighbours or Neighbours(_own_cpus(), _read_stat)
         self._clock = clock
@@ -85,8 +111,9 @@ class StepThreads:
             self._next_look_s = now + LOOK_EVERY_S
             shared = self._neighbours.look() > SHARED_CORES
             self._wanted = max(1, self._all - 1) if shared else self._all
-        if torch.get_num_threads() != self._wanted:
-            torch.set_num_threads(self._wanted)
+        wanted = self._wanted if self.limit is None else min(self._wanted, self.limit())
+        if torch.get_num_threads() != wanted:
+            torch.set_num_threads(wanted)
 
 
 def _own_cpus() -> frozenset[int]:

@@ -56,6 +56,11 @@ class Heartbeat:
         """The thread runs no more steps.  G only."""
         self._last = (Phase.ENDED, now_s)
 
+    @property
+    def stepping(self) -> bool:
+        """Whether a step was the last thing seen.  Any thread."""
+        return self._last[0] is Phase.STEPPING
+
     def verdict(self, now_s: float, *, stall_bound_s: float = 60.0) -> Verdict:
         """Whether the thread is well.  Any thread.
 

@@ -92,6 +92,35 @@ class EngineSeries:
         self.step_time = Histogram(STEP_S)
 
 
+ENCODING_OUTCOMES = ("ok", "error", "timeout", "abort")
+BATCH_TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class EncoderSeries:
+    """What one embedding model's requests and batches have been.  waiting: requests and tokens in its queue, asked at
+    each scrape."""
+
+    def __init__(self, model_name: str, waiting: Callable[[], tuple[int, int]]) -> None:
+        self.model_name = model_name
+        self.waiting = waiting
+        self.requests: Counter[str] = Counter(dict.fromkeys(ENCODING_OUTCOMES, 0))
+        self.texts_total = 0
+        self.tokens_total = 0
+        self.latency = Histogram(HTTP_S)
+        self.queue_time = Histogram(HTTP_S)
+        self.batch_texts = Histogram(BATCH_TEXTS)
+        self.batch_tokens = Histogram(STEP_TOKENS)
+        self.batch_time = Histogram(STEP_S)
+
+
+_ENCODER_HISTOGRAMS = (
+    ("vserve_embedding_latency_seconds", "Seconds from arrival to the end of an embedding request.", "latency"),
+    ("vserve_embedding_queue_time_seconds", "Seconds that a request waited for its first batch.", "queue_time"),
+    ("vserve_embedding_batch_texts", "Texts of one batch.", "batch_texts"),
+    ("vserve_embedding_batch_tokens", "Tokens of one batch.", "batch_tokens"),
+    ("vserve_embedding_batch_seconds", "Seconds of one batch.", "batch_time"),
+)
+
 _HISTOGRAMS = (
     ("vllm:time_to_first_token_seconds", "Seconds from arrival to the first token.", "time_to_first_token"),
     ("vllm:inter_token_latency_seconds", "Seconds between tokens of a sequence.", "inter_token_latency"),
@@ -151,10 +180,24 @@ class Stored(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class EncoderSnapshot:
+    """The embedding model's part of a Snapshot.  histograms: by attribute of EncoderSeries."""
+
+    model_name: str
+    waiting_requests: int
+    waiting_tokens: int
+    requests: Mapping[str, int]
+    texts_total: int
+    tokens_total: int
+    histograms: Mapping[str, Counted]
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """Everything the event loop counts, as of one moment."""
 
     engine: EngineSnapshot | None
+    encoder: EncoderSnapshot | None
     http: Mapping[tuple[str, str, str], int]
     http_time: Mapping[tuple[str, str], Counted]
     refused: Mapping[str, int]
@@ -172,6 +215,7 @@ class Metrics:
         self.gpu: Callable[[], float | None] | None = None  # asked in render's thread
         self.stored: Callable[[], Stored] | None = None
         self._engine: EngineSeries | None = None
+        self._encoder: EncoderSeries | None = None
         self._http: Counter[tuple[str, str, str]] = Counter()
         self._http_time: dict[tuple[str, str], Histogram] = {}
         self._refused: Counter[str] = Counter()
@@ -185,6 +229,10 @@ class Metrics:
     def serve(self, engine: EngineSeries) -> None:
         """From now on this engine is shown; before, its names stand there without a value."""
         self._engine = engine
+
+    def serve_encoder(self, encoder: EncoderSeries) -> None:
+        """From now on this embedding model is shown; a server without one has no such names."""
+        self._encoder = encoder
 
     def exchange(self, handler: str | None, method: str | None, status: int, duration_s: float) -> None:
         """Count one HTTP exchange.
@@ -211,8 +259,9 @@ class Metrics:
             histograms = {attribute: getattr(engine, attribute).snapshot() for _, _, attribute in _HISTOGRAMS}
             shown = EngineSnapshot(engine.labels, engine.now(), dict(engine.finished), histograms)
         times = {key: histogram.snapshot() for key, histogram in self._http_time.items()}
+        encoder = None if self._encoder is None else _encoder_snapshot(self._encoder)
         stored = None if self.stored is None else self.stored()
-        return Snapshot(shown, dict(self._http), times, dict(self._refused), self.lag.snapshot(), stored)
+        return Snapshot(shown, encoder, dict(self._http), times, dict(self._refused), self.lag.snapshot(), stored)
 
     def render(self, snapshot: Snapshot) -> bytes:
         """The exposition text.  Takes milliseconds: any thread but the loop's."""
@@ -236,6 +285,8 @@ class _Ours(Collector):
         if snapshot is None:  # the registry asks for the names when we are registered
             return
         yield from _engine(snapshot.engine, self._gpu)
+        if snapshot.encoder is not None:
+            yield from _encoder(snapshot.encoder)
         yield from _http(snapshot)
         refused = CounterMetricFamily("vserve_requests_refused", "Requests not let in.", labels=("reason",))
         for reason, count in snapshot.refused.items():
@@ -282,6 +333,41 @@ def _stored(stored: Stored) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "vserve_stored_responses_evicted", "Responses dropped for a bound of the store.", stored.evictions
     )
+
+
+def _encoder_snapshot(series: EncoderSeries) -> EncoderSnapshot:
+    histograms = {attribute: getattr(series, attribute).snapshot() for _, _, attribute in _ENCODER_HISTOGRAMS}
+    requests, tokens = series.waiting()
+    return EncoderSnapshot(
+        series.model_name, requests, tokens, dict(series.requests), series.texts_total, series.tokens_total, histograms
+    )
+
+
+def _encoder(shown: EncoderSnapshot) -> Iterator[Metric]:
+    names, values = ("model_name",), (shown.model_name,)
+    for name, text, value in (
+        ("vserve_embedding_requests_waiting", "Embedding requests not yet done.", shown.waiting_requests),
+        ("vserve_embedding_tokens_waiting", "Tokens not yet in a batch.", shown.waiting_tokens),
+    ):
+        gauge = GaugeMetricFamily(name, text, labels=names)
+        gauge.add_metric(values, value)
+        yield gauge
+    for name, text, value in (
+        ("vserve_embedding_texts", "Texts of requests that succeeded.", shown.texts_total),
+        ("vserve_embedding_tokens", "Tokens of requests that succeeded.", shown.tokens_total),
+    ):
+        counter = CounterMetricFamily(name, text, labels=names)
+        counter.add_metric(values, value)
+        yield counter
+    ended = CounterMetricFamily("vserve_embedding_requests", "Ended embedding requests.", labels=(*names, "outcome"))
+    for outcome, count in shown.requests.items():
+        ended.add_metric((*values, outcome), count)
+    yield ended
+    for name, text, attribute in _ENCODER_HISTOGRAMS:
+        histogram = HistogramMetricFamily(name, text, labels=names)
+        counted = shown.histograms[attribute]
+        histogram.add_metric(values, counted.cumulative(), counted.total)
+        yield histogram
 
 
 def _http(snapshot: Snapshot) -> Iterator[Metric]:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum, auto
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
@@ -79,7 +79,7 @@ class Tokenizer:
             self._visible_bytes[id] = b""
 
     @classmethod
-    def from_folder(cls, folder: Path, *, generation_config: Mapping[str, object] | None = None) -> Tokenizer:
+    def from_folder(cls, folder: Path, *, generation_config: Mapping[str, object] | None = None) -> Self:
         """Read tokenizer.json and, where there is one, tokenizer_config.json.
 
         generation_config (that file's content) adds its ``eos_token_id``, a number or a list, to the ids that end a
