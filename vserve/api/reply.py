@@ -7,7 +7,10 @@ exchange's.  Event-loop thread only; no coroutine wakes for a token.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
+
+import orjson
 
 from vserve.api.app import App
 from vserve.api.choice import Choice
@@ -15,6 +18,8 @@ from vserve.api.run import Run
 from vserve.api.shapes import Counts, Piece, server_timing
 from vserve.bridge import Bridge
 from vserve.engine.request import FinishReason
+from vserve.errors import ApiError
+from vserve.http import sse
 from vserve.http.exchange import Exchange, Response
 
 Headers = tuple[tuple[str, str], ...]
@@ -38,6 +43,21 @@ class Dialect(Protocol):
 
     def whole(self, pieces: Sequence[tuple[Choice, Piece]], counts: Counts) -> bytes:
         """The body of a reply that is not streamed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """What a stream sends that is no part of the answer.
+
+    quiet: keeps a silent stream alive.  done: after the last event.  failure: an error, for the exchange of that id.
+    """
+
+    quiet: bytes
+    done: bytes
+    failure: Callable[[ApiError, str], bytes]
+
+
+OPENAI = Framing(sse.COMMENT, sse.DONE, lambda error, _: sse.frame(orjson.dumps(error.body())))
 
 
 class Reply(Run):

@@ -194,7 +194,9 @@ class Responses:
             words=TokenText(served.model.tokenizer, False) if asked.logprobs else None,
         )
         ignored = dict.fromkeys((*asked.ignored, *renamed(order.wanted.ignored, asked.source)))
-        return Job(app, served.model.bridge, choice, exchange.id, ticket), ignored_header(tuple(ignored))
+        job = Job(app, served.model.bridge, choice, exchange.id, ticket)
+        job.caller = app.caller(exchange)
+        return job, ignored_header(tuple(ignored))
 
 
 async def _order(app: App, served: Served, asked: ResponseRequest, said: Sequence[Message]) -> Order:

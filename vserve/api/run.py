@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 
+from vserve.api.access import Key
 from vserve.api.app import App
 from vserve.api.choice import Choice
 from vserve.api.shapes import Counts
@@ -33,6 +34,8 @@ class Run:
         self._unfinished = len(choices)
         self._closed = False
         self._error: ApiError | None = None
+        self.caller: Key | None = None  # whose quotas the tokens count against
+        self._queued = False
         self._timer: asyncio.TimerHandle | None = None
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -93,14 +96,23 @@ class Run:
         if self._timer is not None:
             self._timer.cancel()
         self._app.replies.discard(self)
+        if self.caller is not None and self._queued:
+            self._app.keys.use(self.caller, self.spent())
+
+    def spent(self) -> int:
+        """Tokens of prompts and answers that this run has cost."""
+        counts = self.counts()
+        return counts.prompt + counts.completion
 
     def counts(self) -> Counts:
         """Tokens so far.  Each prompt counts once, and so does what its first choice found cached."""
         firsts = [choice for choice in self._choices if choice.first]
+        thought = [choice.reasoning_tokens for choice in self._choices if choice.reasoning_tokens is not None]
         return Counts(
             prompt=sum(len(choice.prompt) for choice in firsts),
             completion=sum(choice.num_tokens for choice in self._choices),
             cached=sum(choice.cached_tokens for choice in firsts),
+            reasoning=sum(thought) if thought else None,
         )
 
     def _enter(self) -> None:
@@ -113,6 +125,7 @@ class Run:
             choice.attach(self)
             if choice.request is not None:
                 self._queue(choice, choice.request)
+        self._queued = True
         for choice in self._choices:
             if choice.request is None:
                 choice.finish = FinishReason.LENGTH
