@@ -186,7 +186,7 @@ def test_instructions_come_first_and_are_not_inherited(stand: Stand) -> None:
         ({"metadata": {"k": "x" * 513}}, "metadata.k", "512"),
         ({"metadata": {"k": 1}}, "metadata.k", "string"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "web_search"),
-        ({"tools": [{"type": "function"}]}, "tools[0].name", "string"),
+        ({"tools": [{"type": "function"}]}, "tools[0].name", "required"),
         ({"tool_choice": "maybe"}, "tool_choice", "maybe"),
         ({"tool_choice": "required"}, "tool_choice", "no `tools`"),
         ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice", "'f'"),

@@ -165,6 +165,7 @@ def test_the_file_is_its_owners_alone_and_what_is_deleted_leaves_it(tmp_path: Pa
     assert [file.name for file in tmp_path.iterdir()] == ["responses.db"]
 
 
+@pytest.mark.promise("fault: disk full")
 def test_a_full_disk_fails_that_write_alone_and_harms_nothing(tmp_path: Path) -> None:
     with opened(tmp_path / "responses.db") as store:
         asyncio.run(store.put(record("resp_small", size=100)))
@@ -202,6 +203,7 @@ print("kept", kept)
 """
 
 
+@pytest.mark.promise("fault: disk full")
 def test_a_file_that_may_not_grow_keeps_what_it_has(tmp_path: Path) -> None:
     path = tmp_path / "responses.db"
     done = subprocess.run([sys.executable, "-c", FILLER, str(path)], capture_output=True, text=True, timeout=60)
@@ -229,6 +231,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.promise("R11")
 @pytest.mark.parametrize("lines", [1, 20, 77])
 def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path: Path, lines: int) -> None:
     path = tmp_path / "responses.db"
@@ -278,6 +281,7 @@ def _folder(path: Path) -> None:
     path.mkdir()
 
 
+@pytest.mark.promise("fault: corrupt store")
 @pytest.mark.parametrize("spoil", [_text, _foreign, _later, _torn, _folder])
 def test_a_file_that_is_no_store_ends_the_start_with_one_line(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
     path = tmp_path / "responses.db"
@@ -290,6 +294,7 @@ def test_a_file_that_is_no_store_ends_the_start_with_one_line(tmp_path: Path, sp
     assert (path.read_bytes() if path.is_file() else b"") == before
 
 
+@pytest.mark.promise("fault: disk full")
 def test_what_may_not_be_written_can_still_be_read(tmp_path: Path) -> None:
     with opened(tmp_path / "responses.db") as store:
         asyncio.run(store.put(record("resp_1")))
@@ -303,6 +308,7 @@ def test_what_may_not_be_written_can_still_be_read(tmp_path: Path) -> None:
         asyncio.run(store.put(record("resp_2")))
 
 
+@pytest.mark.promise("fault: corrupt store")
 def test_damage_while_it_runs_fails_that_request_alone(tmp_path: Path) -> None:
     path = tmp_path / "responses.db"
     with opened(path) as store:

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 import orjson
 
-from vserve.api import body
 from vserve.api.app import App, Served
+from vserve.api.asked import checked
 from vserve.api.chat import prepare
+from vserve.api.fields import Field, Int, OneOf, Table, Text, Values, read, table, typed
 from vserve.api.generation import Order, choices, ignored_header
 from vserve.api.prompts import Message, text_of
 from vserve.api.reply import Headers
@@ -34,13 +35,20 @@ from vserve.api.responses_request import (
     without_oldest,
 )
 from vserve.api.responses_shelf import Shelf, owner
+from vserve.api.schema import STREAM
 from vserve.api.shapes import TokenText, server_timing
 from vserve.errors import BadRequest, Conflict, InternalError, NotFound, shorten
 from vserve.http.exchange import Exchange, Response
 from vserve.store.record import Record, Status
 
-PAGE_LIMIT = 100
-PAGE_DEFAULT = 20
+STARTING_AFTER: Field[int | None] = Field(
+    "starting_after", Int(0, 2**53), None, "with stream: the sequence number of the last event that the client has"
+)
+RETRIEVE = table(STREAM, STARTING_AFTER)
+LIMIT: Field[int] = Field("limit", Int(1, 100), 20, "most items of the page")
+ORDER: Field[str] = Field("order", OneOf(("asc", "desc")), "desc", "the first or the last item first")
+AFTER: Field[str | None] = Field("after", Text(256, 1), None, "begin behind the item of this id")
+INPUT_ITEMS = table(LIMIT, ORDER, AFTER)
 LONG_TRACE = 2**15
 """Bytes of a trace above which it is read off the loop."""
 
@@ -56,8 +64,7 @@ class Responses:
         """Answer one request.  Raises ApiError while nothing has been sent."""
         app, served = self._app, self._app.served
         with own_type():
-            fields = body.read(exchange.request.body, exchange.request.headers.get("content-type"))
-            asked = parse(fields, served.model.vocab_size, app.options.strict)
+            asked = await checked(app, served.model, exchange, parse)
         with own_words(asked.source):
             job, headers = await self._job(exchange, served, asked)
             if exchange.gone:
@@ -76,9 +83,8 @@ class Responses:
     async def retrieve(self, exchange: Exchange) -> Response | None:
         """The response as it is now, or with stream=true its events from the beginning or after starting_after."""
         with own_type():
-            query, headers = _query(exchange, "stream", "starting_after")
-            stream = _switch(query, "stream")
-            after = _number(query, "starting_after", 0, 2**53, None)
+            query, headers = self._query(exchange, RETRIEVE)
+            stream, after = query[STREAM], query[STARTING_AFTER]
             if after is not None and not stream:
                 raise BadRequest("`starting_after` needs `stream` to be true.", param="starting_after")
             found = await self._shelf.find(exchange.params["id"], owner(self._app, exchange))
@@ -120,21 +126,18 @@ class Responses:
     async def input_items(self, exchange: Exchange) -> Response:
         """A page of the response's own input, the last item first unless order=asc."""
         with own_type():
-            query, headers = _query(exchange, "limit", "order", "after")
-            limit = _number(query, "limit", 1, PAGE_LIMIT, PAGE_DEFAULT)
-            order = query.get("order", "desc")
-            if order not in ("asc", "desc"):
-                raise BadRequest(f"`order` must be asc or desc, got {shorten(order)}.", param="order")
+            query, headers = self._query(exchange, INPUT_ITEMS)
             found = await self._shelf.find(exchange.params["id"], owner(self._app, exchange))
             items: list[Item] = orjson.loads(found.ticket.items if isinstance(found, Job) else found.items)
-            if order == "desc":
+            if query[ORDER] == "desc":
                 items.reverse()
-            if "after" in query:
+            after = query[AFTER]
+            if after is not None:
                 ids = [item["id"] for item in items]
-                if query["after"] not in ids:
-                    raise NotFound(f"The response has no input item {shorten(query['after'])}.", param="after")
-                items = items[ids.index(query["after"]) + 1 :]
-        page = items[:limit]
+                if after not in ids:
+                    raise NotFound(f"The response has no input item {shorten(after)}.", param="after")
+                items = items[ids.index(after) + 1 :]
+        page = items[: query[LIMIT]]
         listing = {
             "object": "list",
             "data": page,
@@ -143,6 +146,12 @@ class Responses:
             "has_more": len(items) > len(page),
         }
         return Response(200, orjson.dumps(listing), headers=headers)
+
+    def _query(self, exchange: Exchange, rows: Table) -> tuple[Values, Headers]:
+        """The checked query, and the header that names what has no effect."""
+        given = {name: typed(rows.get(name), values[-1]) for name, values in exchange.request.query_params().items()}
+        values, ignored = read(given, rows, 0, self._app.options.strict)
+        return values, ignored_header(ignored)
 
     async def _off_loop(self, record: Record) -> Stored:
         return await self._app.off_loop(lambda: Stored.of(record))
@@ -232,28 +241,3 @@ async def _order(app: App, served: Served, asked: ResponseRequest, said: Sequenc
         else:
             high = middle
     return await made(low)  # if even this does not fit, the numbers are told
-
-
-def _query(exchange: Exchange, *known: str) -> tuple[dict[str, str], Headers]:
-    """The known query parameters, the last value of each, and the header that names the others."""
-    given = exchange.request.query_params()
-    return {name: given[name][-1] for name in known if name in given}, ignored_header(
-        [name for name in given if name not in known]
-    )
-
-
-def _switch(query: dict[str, str], name: str) -> bool:
-    value = query.get(name, "false").lower()
-    if value not in ("true", "false", "1", "0"):
-        raise BadRequest(f"`{name}` must be true or false, got {shorten(value)}.", param=name)
-    return value in ("true", "1")
-
-
-def _number(query: dict[str, str], name: str, low: int, high: int, missing: int | None) -> int | None:
-    value = query.get(name)
-    if value is None:
-        return missing
-    # 16 digits keep int() away from 10^5-digit values; isascii keeps it away from other scripts' digits.
-    if not (value.isascii() and value.isdigit() and len(value) <= 16 and low <= int(value) <= high):
-        raise BadRequest(f"`{name}` must be an integer between {low} and {high}, got {shorten(value)}.", param=name)
-    return int(value)

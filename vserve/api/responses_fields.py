@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vserve.api.fields import Int, Object, Text, show, wrong
+from vserve.api.fields import Bool, Object, OneOf, Schema, Text, or_null, show, wrong
+from vserve.api.structured import SCHEMA_DESCRIPTION, SCHEMA_NAME, known
+from vserve.api.tools import NAME_LIMIT, TOOL_LIMIT, distinct, function_schema, function_tool, named_list
 from vserve.errors import BadRequest, shorten
 
-TOOL_LIMIT = 128
 LOGPROBS = "message.output_text.logprobs"
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 VERBOSITIES = ("low", "medium", "high")
-_NAME = Text(128, 1)
-_INCLUDE_WITHOUT_EFFECT = frozenset(
-    {
-        "code_interpreter_call.outputs", "computer_call_output.output.image_url", "file_search_call.results",
-        "message.input_image.image_url", "reasoning.encrypted_content", "web_search_call.action.sources",
-        "web_search_call.results",
-    }
+_SUMMARIES = ("auto", "concise", "detailed")
+_NAME = Text(NAME_LIMIT, 1)
+_INCLUDABLE = (
+    LOGPROBS,
+    # Without effect:
+    "code_interpreter_call.outputs", "computer_call_output.output.image_url", "file_search_call.results",
+    "message.input_image.image_url", "reasoning.encrypted_content", "web_search_call.action.sources",
+    "web_search_call.results",
 )  # fmt: skip
 
 
@@ -30,16 +32,6 @@ def one_of(value: object, words: tuple[str, ...], path: str) -> str:
     if isinstance(value, str) and value in words:
         return value
     raise wrong(path, "one of " + ", ".join(words), value)
-
-
-@dataclass(frozen=True, slots=True)
-class Word:
-    """One of a few words."""
-
-    words: tuple[str, ...]
-
-    def check(self, value: object, path: str, vocab_size: int) -> str:
-        return one_of(value, self.words, path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +53,14 @@ class Metadata:
             checked[key] = Text(self.value_length).check(text, f"{path}.{key}", vocab_size)
         return checked
 
+    def schema(self) -> Schema:
+        return {
+            "type": "object",
+            "maxProperties": self.max_pairs,
+            "propertyNames": {"maxLength": self.key_length},
+            "additionalProperties": Text(self.value_length).schema(),
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Include:
@@ -69,10 +69,12 @@ class Include:
     def check(self, value: object, path: str, vocab_size: int) -> tuple[str, ...]:
         if not isinstance(value, list):
             raise wrong(path, "a list of strings", value)
-        known = (LOGPROBS, *sorted(_INCLUDE_WITHOUT_EFFECT))
-        if len(value) > len(known):
-            raise BadRequest(f"`{path}` takes at most {len(known)} names, got {len(value)}.", param=path)
-        return tuple(one_of(item, known, f"{path}[{i}]") for i, item in enumerate(value))
+        if len(value) > len(_INCLUDABLE):
+            raise BadRequest(f"`{path}` takes at most {len(_INCLUDABLE)} names, got {len(value)}.", param=path)
+        return tuple(one_of(item, _INCLUDABLE, f"{path}[{i}]") for i, item in enumerate(value))
+
+    def schema(self) -> Schema:
+        return {"type": "array", "items": OneOf(_INCLUDABLE).schema(), "maxItems": len(_INCLUDABLE)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,10 @@ class TextKind:
         shape = Object(16).check(format, f"{path}.format", vocab_size)
         return TextAnswer(shape, _response_format(shape, f"{path}.format"), verbosity, unknown)
 
+    def schema(self) -> Schema:
+        fields: Schema = {"format": or_null(_format_schema()), "verbosity": or_null(OneOf(VERBOSITIES).schema())}
+        return {**Object(16).schema(), "properties": fields}
+
 
 def _response_format(shape: dict[str, object], path: str) -> dict[str, object] | None:
     kind = one_of(shape.get("type"), ("text", "json_object", "json_schema"), f"{path}.type")
@@ -107,10 +113,34 @@ def _response_format(shape: dict[str, object], path: str) -> dict[str, object] |
         return None
     if kind == "json_object":
         return {"type": kind}
-    _NAME.check(shape.get("name"), f"{path}.name", 0)
+    known(shape, path, ("type", "name", "description", "schema", "strict"))
+    SCHEMA_NAME.check(shape.get("name"), f"{path}.name", 0)
+    if shape.get("description") is not None:
+        SCHEMA_DESCRIPTION.check(shape["description"], f"{path}.description", 0)
+    if shape.get("strict") is not None:
+        Bool().check(shape["strict"], f"{path}.strict", 0)
     if not isinstance(shape.get("schema"), dict):
         raise wrong(f"{path}.schema", "a JSON Schema object", shape.get("schema"))
     return {"type": kind, "json_schema": {key: item for key, item in shape.items() if key != "type"}}
+
+
+def _format_schema() -> Schema:
+    """What ``_response_format`` takes."""
+    plain: Schema = {"type": OneOf(("text", "json_object")).schema()}
+    described: Schema = {
+        "type": {"type": "string", "const": "json_schema"},
+        "name": SCHEMA_NAME.schema(),
+        "description": or_null(SCHEMA_DESCRIPTION.schema()),
+        "schema": {"type": "object"},
+        "strict": or_null(Bool().schema()),
+    }
+    required = ["type", "name", "schema"]
+    return {
+        "anyOf": [
+            {**Object(16).schema(), "properties": plain, "required": ["type"]},
+            {"type": "object", "properties": described, "required": required, "additionalProperties": False},
+        ]
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +162,15 @@ class ReasoningKind:
             effort = one_of(effort, EFFORTS, f"{path}.effort")
         for name in ("summary", "generate_summary"):
             if body.get(name) is not None:
-                one_of(body[name], ("auto", "concise", "detailed"), f"{path}.{name}")
+                one_of(body[name], _SUMMARIES, f"{path}.{name}")
         unknown = tuple(f"{path}.{name}" for name, item in body.items() if name != "effort" and item is not None)
         return Thinking(effort, unknown)
+
+    def schema(self) -> Schema:
+        summary = or_null(OneOf(_SUMMARIES).schema())
+        effort = or_null(OneOf(EFFORTS).schema())
+        fields: Schema = {"effort": effort, "summary": summary, "generate_summary": dict(summary)}
+        return {**Object(16).schema(), "properties": fields}
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,21 +184,27 @@ class FunctionTools:
             raise wrong(path, "a list of tools", value)
         if len(value) > self.max_items:
             raise BadRequest(f"`{path}` takes at most {self.max_items} tools, got {len(value)}.", param=path)
-        return tuple(self._tool(item, f"{path}[{i}]") for i, item in enumerate(value))
+        for i, item in enumerate(value):
+            if isinstance(item, dict) and item.get("type") != "function":
+                raise BadRequest(
+                    f"`{path}[{i}].type` is {show(item.get('type'))}: this server runs no tools of its own, only tools "
+                    "of type function, which the client runs, can be given.",
+                    param=f"{path}[{i}].type",
+                )
+        tools = [function_tool(item, f"{path}[{i}]", item) for i, item in enumerate(value)]
+        return tuple(tool.definition for tool in distinct(tools, path))
 
-    def _tool(self, item: object, path: str) -> dict[str, object]:
-        if not isinstance(item, dict):
-            raise wrong(path, "an object", item)
-        if item.get("type") != "function":
-            raise BadRequest(
-                f"`{path}.type` is {show(item.get('type'))}: this server runs no tools of its own, only tools of type "
-                "function, which the client runs, can be given.",
-                param=f"{path}.type",
-            )
-        _NAME.check(item.get("name"), f"{path}.name", 0)
-        if not isinstance(item.get("parameters", {}), dict | None):
-            raise wrong(f"{path}.parameters", "a JSON Schema object", item["parameters"])
-        return item
+    def schema(self) -> Schema:
+        return named_list(_tagged(function_schema()))
+
+
+def _tagged(function: Schema) -> Schema:
+    """The schema of a function whose type stands beside its name."""
+    fields, required = function["properties"], function["required"]
+    assert isinstance(fields, dict)
+    assert isinstance(required, list)
+    kind: Schema = {"type": "string", "const": "function"}
+    return {**function, "properties": {"type": kind, **fields}, "required": ["type", *required]}
 
 
 def chat_tool(tool: dict[str, object]) -> dict[str, object]:
@@ -207,6 +249,17 @@ class ResponseToolChoice:
         names = [_function(tool, f"{path}.tools[{i}]") for i, tool in enumerate(tools)]
         return Choosing(value, mode, frozenset(names))
 
+    def schema(self) -> Schema:
+        named: Schema = {"type": "object", "properties": {"name": _NAME.schema()}, "required": ["name"]}
+        tools: Schema = {"type": "array", "items": _tagged(named), "minItems": 1, "maxItems": TOOL_LIMIT}
+        fields: Schema = {
+            "type": {"type": "string", "const": "allowed_tools"},
+            "mode": OneOf(("auto", "required")).schema(),
+            "tools": tools,
+        }
+        several: Schema = {"type": "object", "properties": fields, "required": list(fields)}
+        return {"anyOf": [OneOf(("none", "auto", "required")).schema(), _tagged(named), several]}
+
 
 def _function(value: object, path: str) -> str:
     if not isinstance(value, dict) or value.get("type") != "function":
@@ -228,6 +281,9 @@ class PromptText:
             raise wrong(path, "a string", value)
         return value
 
+    def schema(self) -> Schema:
+        return {"type": "string"}
+
 
 @dataclass(frozen=True, slots=True)
 class ResponseId:
@@ -239,6 +295,9 @@ class ResponseId:
             raise BadRequest(f"`{path}` is {shorten(text)}, which is no id of a response (resp_…).", param=path)
         return text
 
+    def schema(self) -> Schema:
+        return {**Text(128, 1).schema(), "pattern": "^resp_"}
+
 
 @dataclass(frozen=True, slots=True)
 class StreamChoices:
@@ -248,5 +307,5 @@ class StreamChoices:
         body = Object(16).check(value, path, vocab_size)
         return tuple(f"{path}.{name}" for name, item in body.items() if item not in (None, False))
 
-
-OUTPUT_TOKENS = Int(1, 2**31 - 1)
+    def schema(self) -> Schema:
+        return Object(16).schema()

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vserve.api.fields import Text, show, wrong
+from vserve.api.fields import OneOf, Schema, Text, or_null, show, wrong
 from vserve.api.prompts import MESSAGE_LIMIT, Message
 from vserve.errors import BadRequest, shorten
 
@@ -20,6 +20,7 @@ ROLES = ("user", "assistant", "system", "developer")
 _PREFIX = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
 _OWN_ID = re.compile(r"(?:msg|rs|fc|fco)_([0-9a-f]{32})i?[0-9]{4,6}")
 _ID = Text(256, 1)
+_STATUS = OneOf(("in_progress", "completed", "incomplete"))
 _PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 
 
@@ -54,6 +55,10 @@ class InputItems:
             raise BadRequest(f"`{path}` takes at most {self.max_items} items, got {len(value)}.", param=path)
         return tuple(_item(item, f"{path}[{i}]") for i, item in enumerate(value))
 
+    def schema(self) -> Schema:
+        items: Schema = {"type": "array", "items": _item_schema(), "maxItems": self.max_items}
+        return {"anyOf": [{"type": "string"}, items]}
+
 
 def message(role: str, text: str) -> Item:
     """A message of one text part."""
@@ -73,7 +78,14 @@ def _item(item: object, path: str) -> Item:
         raise wrong(path, "an item", item)
     if item.get("id") is not None:
         _ID.check(item["id"], f"{path}.id", 0)
-    match item.get("type", "message" if "role" in item else None):
+    if item.get("status") is not None:
+        _STATUS.check(item["status"], f"{path}.status", 0)
+    kind = item.get("type")
+    if kind is None and "role" in item:
+        kind = "message"
+    elif kind is None and item.keys() <= {"id", "type"}:  # OpenAI lets a reference go without a type
+        kind = "item_reference"
+    match kind:
         case "message":
             return _message(item, path)
         case "reasoning":
@@ -97,9 +109,7 @@ def _item(item: object, path: str) -> Item:
             }
         case "item_reference":
             return {"type": "item_reference", "id": _ID.check(item.get("id"), f"{path}.id", 0)}
-        case None if isinstance(item.get("id"), str) and len(item) <= 2:  # OpenAI lets a reference go without a type
-            return {"type": "item_reference", "id": item["id"]}
-        case kind:
+        case _:
             raise BadRequest(
                 f"`{path}.type` is {show(kind)}, which this server cannot take; it takes message, reasoning, "
                 "function_call, function_call_output and item_reference.",
@@ -147,13 +157,49 @@ def _reasoning(item: Item, path: str) -> Item:
             param=f"{path}.encrypted_content",
         )
     for name in ("content", "summary"):
-        parts = item.get(name) or []
+        parts = [] if item.get(name) is None else item[name]
         if not isinstance(parts, list):
             raise wrong(f"{path}.{name}", "a list of texts", parts)
         for i, part in enumerate(parts):
             if not isinstance(part, dict) or not isinstance(part.get("text"), str):
                 raise wrong(f"{path}.{name}[{i}]", "an object with a text", part)
     return {**item, "summary": item.get("summary") or []}
+
+
+def _item_schema() -> Schema:
+    """What ``_item`` takes."""
+    text: Schema = {"type": "string"}
+    saying: Schema = {"type": OneOf(("input_text", "output_text", "text")).schema(), "text": text}
+    refusing: Schema = {"type": OneOf(("refusal",)).schema(), "refusal": text}
+    part: Schema = {"anyOf": [_needing(saying), _needing(refusing)]}
+    content: Schema = {"anyOf": [text, {"type": "array", "items": part}]}
+    thoughts = or_null({"type": "array", "items": _needing({"text": text})})
+    call, any_id = {"call_id": _ID.schema()}, {"id": or_null(_ID.schema())}
+    common: Schema = {**any_id, "status": or_null(_STATUS.schema())}
+    reference: Schema = {**_needing({"id": _ID.schema()}), "additionalProperties": False}
+    reference["properties"] = {"id": _ID.schema(), "type": {"enum": ["item_reference", None]}}
+    return {
+        "anyOf": [
+            _needing(
+                {"role": OneOf(ROLES).schema(), "content": content}, {**common, "type": {"enum": ["message", None]}}
+            ),
+            _needing(
+                {"type": OneOf(("reasoning",)).schema()},
+                {**common, "content": thoughts, "summary": thoughts, "encrypted_content": {"type": "null"}},
+            ),
+            _needing(
+                {"type": OneOf(("function_call",)).schema(), **call, "name": _ID.schema(), "arguments": text}, common
+            ),
+            _needing({"type": OneOf(("function_call_output",)).schema(), **call, "output": content}, common),
+            _needing({"type": OneOf(("item_reference",)).schema(), "id": _ID.schema()}, {"status": common["status"]}),
+            reference,
+        ]
+    }
+
+
+def _needing(fields: Schema, optional: Schema | None = None) -> Schema:
+    """An object that has all of fields, each as its schema says, and may have those of optional."""
+    return {"type": "object", "properties": {**fields, **(optional or {})}, "required": list(fields)}
 
 
 def text_of_parts(parts: object) -> str:

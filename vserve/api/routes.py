@@ -22,7 +22,7 @@ from vserve.api.models import Models
 from vserve.api.openapi import OpenApi
 from vserve.api.ops import Ops
 from vserve.api.render import Render
-from vserve.api.responses import Responses
+from vserve.api.responses import INPUT_ITEMS, RETRIEVE, Responses
 from vserve.api.scale import SCALE, Scale
 from vserve.api.score import Score
 from vserve.api.tokens import Tokens
@@ -132,7 +132,7 @@ def table(app: App) -> tuple[Entry, ...]:
         # Nothing is needed of the model: what was stored can be had while it loads and while others drain.
         Entry(
             "response", get, ("/v1/responses/{id}",), responses.retrieve, INFER, Need.NOTHING,
-            Doc("A stored response, or its events.", reply="Response", events="ResponseEvent"),
+            Doc("A stored response, or its events.", query=RETRIEVE, reply="Response", events="ResponseEvent"),
         ),
         Entry(
             "response_delete", ("DELETE",), ("/v1/responses/{id}",), responses.delete, INFER, Need.NOTHING,
@@ -144,7 +144,7 @@ def table(app: App) -> tuple[Entry, ...]:
         ),
         Entry(
             "response_items", get, ("/v1/responses/{id}/input_items",), responses.input_items, INFER, Need.NOTHING,
-            Doc("What a response was asked.", reply="ResponseItems"),
+            Doc("What a response was asked.", query=INPUT_ITEMS, reply="ResponseItems"),
         ),
         Entry(
             "embeddings", post, ("/v1/embeddings",), embeddings.create, INFER, Need.ENCODER_ROOM,

@@ -42,7 +42,6 @@ from vserve.api.responses_fields import (
     TextAnswer,
     TextKind,
     Thinking,
-    Word,
 )
 from vserve.api.responses_items import InputItems, Item
 from vserve.api.structured import (
@@ -330,7 +329,7 @@ RESPONSE_TOOL_CHOICE: Field[Choosing | None] = Field(
     "tool_choice", ResponseToolChoice(), None, "which functions may be called"
 )
 TRUNCATION: Field[str] = Field(
-    "truncation", Word(("disabled", "auto")), "disabled", "auto: leave out the oldest items when there are too many"
+    "truncation", OneOf(("disabled", "auto")), "disabled", "auto: leave out the oldest items when there are too many"
 )
 INCLUDE: Field[tuple[str, ...]] = Field("include", Include(), (), "log-probabilities of the text")
 _NO_TOOLS = "the server runs no tools of its own"
