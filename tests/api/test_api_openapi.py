@@ -11,11 +11,12 @@ from typing import Any
 import jsonschema
 import openapi_spec_validator
 import pytest
+import requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema.validators import extend
 
-from tests.fakes_api import Stand, options, parse_events, standing
+from tests.fakes_api import EOS, Stand, options, parse_events, says, standing
 from vserve.api.app import App
 from vserve.api.entry import OPEN, Entry
 from vserve.api.fields import Anything, Fate, Field, Table, read
@@ -363,7 +364,8 @@ def test_an_event_has_the_shape_that_is_described(
 def test_reasoning_and_calls_of_a_response_have_the_shape_that_is_described(document: Any) -> None:
     call = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
     body = {"input": "hi", "tools": [{"type": "function", "name": "f"}], "max_output_tokens": 200}
-    with standing(says(f"<think>so</think>well{call}{EOS}"), template=TOOL_TEMPLATE) as stand:
+    script = says(f"<think>so</think>well{call}{EOS}")
+    with standing(script, context=2048, reasoning_parser="qwen3", tool_call_parser="hermes") as stand:
         whole = stand.post("/v1/responses", body).json()
         events = stand.events("/v1/responses", body)
     assert [item["type"] for item in whole["output"]] == ["reasoning", "message", "function_call"]
