@@ -252,6 +252,20 @@ def test_prompts_count_once_and_answers_each_however_many_there_are(stand: Stand
     assert (len(found["choices"]), found["choices_left_out"]) == (32, 8)
 
 
+@pytest.mark.parametrize("how", [{}, {"stream": True}, {"background": True}])
+def test_a_response_is_traced_to_its_end_whoever_waits_for_it(how: dict[str, bool], stand: Stand) -> None:
+    id = "resp-" + "".join(how)
+    reply = stand.post("/v1/responses", {"input": "hi", **how}, x_request_id=id)
+    found = trace(stand, id)
+    (choice,) = found["choices"]
+    assert (found["route"], found["status"], choice["finish_reason"]) == ("responses", 200, "stop")
+    assert choice["completion_tokens"] == found["completion_tokens"] == 14
+    assert found["reply_id"].startswith("resp_")
+    assert found["reply_id"] in reply.text
+    assert found["stream"] == ("stream" in how)
+    assert (choice["ended_ms"] > found["ended_ms"]) == ("background" in how)
+
+
 KEY, OTHER_KEY, WRONG = "sk-planted-key", "sk-planted-other", "sk-planted-wrong"
 PROMPT, ANSWER = "zwetschge kirsche", "quitte mispel"
 PLANTED = (KEY, OTHER_KEY, WRONG, *PROMPT.split(), *ANSWER.split())
@@ -276,6 +290,7 @@ def test_no_key_no_prompt_and_no_answer_is_in_any_of_it() -> None:
             ("/tokenize", {"prompt": PROMPT, "return_token_strs": True}),
             ("/v1/messages", {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 5, "system": PROMPT}),
             ("/invocations", {"prompt": PROMPT, "cache_salt": PROMPT}),
+            ("/v1/responses", {"input": PROMPT, "instructions": PROMPT, "metadata": {"x": PROMPT}}),
         ]
         for key in (KEY, OTHER_KEY, WRONG):
             for path, body in bodies:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ def durations(value: str) -> dict[str, float]:
         (CHAT, {"messages": HI, "stop": "wor"}),
         (TEXT, {"prompt": ["a", "b"], "max_tokens": 4}),
         (MESSAGES, {"messages": HI, "max_tokens": 4}),
+        ("/v1/responses", {"input": "hi"}),
     ],
 )
 def test_a_whole_reply_says_where_its_time_went(path: str, body: dict[str, object], stand: Stand) -> None:
@@ -61,20 +63,31 @@ def test_any_other_reply_has_its_total(method: str, path: str, status: int, stan
     assert re.fullmatch(r"total;dur=\d+\.\d\d", reply.headers["server-timing"])
 
 
-def test_a_client_that_takes_trailers_learns_the_rest_at_the_end(stand: Stand) -> None:
-    body = b'{"messages": [{"role": "user", "content": "hi"}], "stream": true}'
+@pytest.mark.parametrize(
+    ("path", "body", "end"),
+    [
+        (CHAT, {"messages": HI}, b"data: [DONE]"),
+        (TEXT, {"prompt": "a"}, b"data: [DONE]"),
+        (MESSAGES, {"messages": HI, "max_tokens": 5}, b"event: message_stop"),
+        ("/v1/responses", {"input": "hi"}, b"event: response.completed"),
+    ],
+)
+def test_a_client_that_takes_trailers_learns_the_rest_at_the_end(
+    path: str, body: dict[str, object], end: bytes, stand: Stand
+) -> None:
+    content = json.dumps({**body, "stream": True}).encode()
     with socket.create_connection(("127.0.0.1", stand.port), 10) as peer:
         peer.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTE: trailers\r\n"
-            b"Connection: close, TE\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTE: trailers\r\n"
+            b"Connection: close, TE\r\nContent-Length: %d\r\n\r\n" % (path.encode(), len(content)) + content
         )
         data = b""
         while got := peer.recv(65536):
             data += got
     head, _, rest = data.partition(b"\r\n\r\n")
     assert b"\r\ntrailer: server-timing" in head
-    _, _, behind = rest.partition(b"data: [DONE]")
-    found = re.fullmatch(rb"\s+0\r\nserver-timing: ([^\r]+)\r\n\r\n", behind)
+    assert end in rest
+    found = re.search(rb"\n0\r\nserver-timing: ([^\r]+)\r\n\r\n$", rest)
     assert found
     assert list(durations(found[1].decode())) == ["queue", "prefill", "decode"]
 

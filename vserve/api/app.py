@@ -32,6 +32,8 @@ from vserve.observe.heartbeat import Heartbeat
 from vserve.observe.metrics import EngineSeries, Metrics
 from vserve.observe.trace import TraceRing
 from vserve.scale.workers import LocalWorker, Workers
+from vserve.store.memory import MemoryStore
+from vserve.store.record import Store
 from vserve.text.grammar import HELPERS, Grammar, Grammars, why_none
 from vserve.text.grammar_spec import GrammarSpec
 from vserve.text.habits import Habits, habits_of
@@ -170,9 +172,13 @@ class Ending(Protocol):
 class App:
     """One server's shared state.  Made before the model; ``ready`` brings the model in."""
 
-    def __init__(self, options: Options, exporter: Exporter | None = None) -> None:
-        """exporter: takes the traces of finished requests."""
+    def __init__(self, options: Options, store: Store | None = None, exporter: Exporter | None = None) -> None:
+        """store: of responses; in memory with the default bounds where none is given.
+
+        exporter: takes the traces of finished requests.
+        """
         self.options = options
+        self.store = store or MemoryStore()
         self.runtime: Runtime | None = None  # once it is loaded
         self.tracing: Tracing | None = None
         if options.rca or exporter is not None:
@@ -186,7 +192,9 @@ class App:
         self.metrics = Metrics()
         if self.tracing is not None:
             self.tracing.show(self.metrics)
+        self.metrics.stored = lambda: self.store.figures
         self.replies: set[Ending] = set()
+        self.tasks: set[asyncio.Task[None]] = set()  # what goes on without a connection
         self.workers: Workers = LocalWorker()
         self._pool = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         # Apart from the other: a grammar may take seconds, and most of them in a process of its own.
@@ -244,6 +252,11 @@ class App:
         for reply in list(self.replies):
             reply.fail(error)
 
+    async def settle(self, timeout_s: float) -> None:
+        """Wait until nothing goes on without a connection, at most so long."""
+        if self.tasks:
+            await asyncio.wait(set(self.tasks), timeout=timeout_s)
+
     def stopped(self) -> None:
         """The last reply is out: give the threads back."""
         if self.life.can(Status.STOPPED):
@@ -252,6 +265,7 @@ class App:
         self.trails.close()
         self.metrics.timer.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self.store.close()
         self._compilers.shutdown(wait=False, cancel_futures=True)
         if self._served is not None and self._served.model.grammars is not None:
             self._served.model.grammars.close()

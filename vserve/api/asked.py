@@ -5,11 +5,12 @@ Event-loop thread; the parser it is given runs in the pool for long bodies and m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from vserve.api import body
 from vserve.api.app import App
+from vserve.api.fields import Table, typed
 from vserve.errors import BadRequest
 from vserve.http.exchange import Exchange, Request
 
@@ -40,12 +41,11 @@ async def checked(app: App, served: Spoken, exchange: Exchange, parse: Parser[T]
     return read() if len(request.body) <= LONG_BODY_BYTES else await app.off_loop(read)
 
 
-def query_fields(request: Request, texts: Collection[str] = ()) -> dict[str, object]:
-    """The fields of the query, numbers as such but for those of texts.  Raises BadRequest for one given twice."""
+def query_fields(request: Request, rows: Table) -> dict[str, object]:
+    """The fields of the query, as JSON would have them.  Raises BadRequest for one that is given twice."""
     made: dict[str, object] = {}
     for name, given in request.query_params().items():
         if len(given) > 1:
             raise BadRequest(f"`{name}` is given {len(given)} times.", param=name)
-        number = name not in texts and given[0].isascii() and given[0].isdigit() and len(given[0]) <= 12
-        made[name] = int(given[0]) if number else given[0]
+        made[name] = typed(rows.get(name), given[0])
     return made

@@ -101,7 +101,7 @@ class Debug:
     async def traces(self, exchange: Exchange) -> Response:
         """The last requests: as JSON, or as trace events.  Raises BadRequest."""
         app = self._app
-        values, ignored = read(query_fields(exchange.request, texts=("id",)), TRACES, 0, app.options.strict)
+        values, ignored = read(query_fields(exchange.request, TRACES), TRACES, 0, app.options.strict)
         ring = None if app.tracing is None else app.tracing.ring
         found = [] if ring is None else ring.find(values[LIMIT], values[ID])
         if values[FORMAT] == "chrome":

@@ -58,7 +58,7 @@ class Scale:
 
 def _fields(request: Request, rows: Table) -> dict[str, object]:
     """The fields of query and body together."""
-    made = query_fields(request)
+    made = query_fields(request, rows)
     if request.body:
         for name, value in body.read(request.body, request.headers.get("content-type")).items():
             if name in made and made[name] != value and name in rows:

@@ -168,6 +168,17 @@ class EngineSnapshot:
     histograms: Mapping[str, Counted]
 
 
+class Stored(Protocol):
+    """The store of responses at one moment."""
+
+    @property
+    def entries(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def evictions(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class EncoderSnapshot:
     """The embedding model's part of a Snapshot.  histograms: by attribute of EncoderSeries."""
@@ -217,6 +228,7 @@ class Snapshot:
     lag: Counted
     ring: Ring | None = None
     exported: Exported | None = None
+    stored: Stored | None = None
 
 
 class Metrics:
@@ -229,6 +241,7 @@ class Metrics:
         self.gpu: Callable[[], float | None] | None = None  # asked in render's thread
         self.ring: Callable[[], Ring] | None = None
         self.exported: Callable[[], Exported] | None = None
+        self.stored: Callable[[], Stored] | None = None
         self._engine: EngineSeries | None = None
         self._encoder: EncoderSeries | None = None
         self._http: Counter[tuple[str, str, str]] = Counter()
@@ -284,6 +297,7 @@ class Metrics:
             self.lag.snapshot(),
             ring=None if self.ring is None else self.ring(),
             exported=None if self.exported is None else self.exported(),
+            stored=None if self.stored is None else self.stored(),
         )
 
     def render(self, snapshot: Snapshot) -> bytes:
@@ -315,6 +329,8 @@ class _Ours(Collector):
         for reason, count in snapshot.refused.items():
             refused.add_metric((reason,), count)
         yield refused
+        if snapshot.stored is not None:
+            yield from _stored(snapshot.stored)
         lag = HistogramMetricFamily("vserve_event_loop_lag_seconds", "Seconds by which a timer of the loop was late.")
         lag.add_metric((), snapshot.lag.cumulative(), snapshot.lag.total)
         yield lag
@@ -360,6 +376,14 @@ def _engine(shown: EngineSnapshot | None, gpu: Callable[[], float | None] | None
             counted = shown.histograms[attribute]
             histogram.add_metric(values, counted.cumulative(), counted.total)
         yield histogram
+
+
+def _stored(stored: Stored) -> Iterator[Metric]:
+    yield GaugeMetricFamily("vserve_stored_responses", "Responses in the store.", stored.entries)
+    yield GaugeMetricFamily("vserve_stored_responses_bytes", "Bytes of the responses in the store.", stored.bytes)
+    yield CounterMetricFamily(
+        "vserve_stored_responses_evicted", "Responses dropped for a bound of the store.", stored.evictions
+    )
 
 
 def _encoder_snapshot(series: EncoderSeries) -> EncoderSnapshot:
