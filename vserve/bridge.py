@@ -218,7 +218,8 @@ class Bridge:
         stream = self._streams.get(emit.id)
         if stream is None:  # cancelled, or ended by an error of its own
             if emit.finish is not None and emit.id in self._leaving:
-                self._end(self._leaving.pop(emit.id), emit.finish, emit.timing, now_s)
+                stream = self._leaving.pop(emit.id)
+                self._trace_end(stream, self._end(stream, emit.finish, emit.timing, now_s))
             return
         if emit.ids:
             if stream.last_s is None:
@@ -227,22 +228,28 @@ class Bridge:
                 self.meter.gap(now_s - stream.last_s)
             stream.last_s = now_s
             stream.tokens += len(emit.ids)
+        end: Ended | None = None
         if emit.finish is not None:
             del self._streams[emit.id]
-            self._end(stream, emit.finish, emit.timing, now_s)
+            end = self._end(stream, emit.finish, emit.timing, now_s)
         try:
             stream.sink.push(emit)
         except Exception:
             log.exception("a stream could not take its tokens")
             self.cancel(emit.id, FinishReason.ERROR)
             _fail(stream.sink, EngineDied("An internal error ended this stream."))
+        if end is not None:
+            self._trace_end(stream, end)  # the last tokens are part of what is traced
 
-    def _end(self, stream: _Stream, finish: FinishReason, timing: Timing | None, now_s: float) -> None:
+    def _end(self, stream: _Stream, finish: FinishReason, timing: Timing | None, now_s: float) -> Ended:
         request, reason = stream.request, stream.reason or finish
         end = Ended(reason, len(request.prompt), stream.tokens, max(0.0, now_s - request.arrival_s), timing)
         self.meter.ended(end)
-        if request.traced and self.tracer is not None:
-            self.tracer.ended(request.id, end)
+        return end
+
+    def _trace_end(self, stream: _Stream, end: Ended) -> None:
+        if stream.request.traced and self.tracer is not None:
+            self.tracer.ended(stream.request.id, end)
 
     def _die(self, error: EngineDied) -> None:
         self._death = error
@@ -255,7 +262,7 @@ class Bridge:
         self._streams.clear()
         self._leaving.clear()
         for stream in (*streams, *leaving):
-            self._end(stream, FinishReason.ERROR, None, now_s)
+            self._trace_end(stream, self._end(stream, FinishReason.ERROR, None, now_s))
         for stream in streams:
             _fail(stream.sink, error)
 
