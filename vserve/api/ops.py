@@ -1,6 +1,7 @@
 """Probes and figures for operators: ping, health, readiness, version, load, metrics.
 
-Every handler but metrics, and load where there is a GPU, answers within data_received and waits for nothing.  Event-loop thread only.
+Every handler but metrics, and load where there is a GPU, answers within data_received and waits for nothing.
+Event-loop thread only.
 """
 
 from __future__ import annotations
