@@ -252,6 +252,18 @@ def test_prompts_count_once_and_answers_each_however_many_there_are(stand: Stand
     assert (len(found["choices"]), found["choices_left_out"]) == (32, 8)
 
 
+def test_a_trace_that_cannot_be_kept_harms_no_request(caplog: pytest.LogCaptureFixture) -> None:
+    with standing(rca=True) as stand:
+        tracing = stand.app.tracing
+        assert tracing is not None
+        assert tracing.ring is not None
+        tracing.ring.add = None  # type: ignore[assignment,method-assign]
+        for how in ({"stream": True}, {}):
+            assert "Hello" in stand.post(CHAT, {"messages": HI, **how}).text
+        assert traces(stand) == []
+    assert caplog.text.count("a trace could not be kept") == 2
+
+
 @pytest.mark.parametrize("how", [{}, {"stream": True}, {"background": True}])
 def test_a_response_is_traced_to_its_end_whoever_waits_for_it(how: dict[str, bool], stand: Stand) -> None:
     id = "resp-" + "".join(how)

@@ -124,6 +124,12 @@ class Tracing:
             return
         for id in trace.expected:  # those that were never submitted
             self._choices.pop(RequestId(id), None)
+        try:
+            self._hand_on(trace)
+        except Exception:  # the bridge serves all other streams behind this one
+            log.exception("a trace could not be kept")
+
+    def _hand_on(self, trace: Trace) -> None:
         record = trace.record()
         if self.ring is not None:
             ids = {trace.id[:ID_CHARS], trace.trace_id, *(str(choice.id) for choice in trace.choices)}
