@@ -30,14 +30,27 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
         frozenset({"errors", "engine.policy", "model", "kernels", "observe"}),
         frozenset({"torch", "numpy"}),
     ),
-    "observe": (frozenset({"errors"}), frozenset({"prometheus_client"})),
+    "observe": (frozenset({"errors"}), frozenset({"prometheus_client", "opentelemetry"})),
+    "build": (frozenset(), frozenset()),
     "scale": (frozenset({"errors"}), frozenset()),
     "bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
     "encoder_bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
     "store": (frozenset({"errors"}), frozenset()),
     "api": (
         frozenset(
-            {"http", "text", "bridge", "encoder_bridge", "engine.policy", "errors", "observe", "scale", "store", ""}
+            {
+                "build",
+                "http",
+                "text",
+                "bridge",
+                "encoder_bridge",
+                "engine.policy",
+                "errors",
+                "observe",
+                "scale",
+                "store",
+                "",
+            }
         ),
         frozenset({"orjson"}),
     ),

@@ -230,6 +230,27 @@ class Config:
     exit_on_stall: bool = _option(
         False, "end every stream with an error and exit with code 3 at --stall-timeout", "server"
     )
+    enable_rca: bool = _option(
+        False, "serve /debug/version, stats, cache_stats, traces and config, to keys with the scope admin", "server"
+    )
+    rca_traces: int = _option(
+        1000, "requests whose timeline /debug/traces keeps", "server", low=1, high=100_000, unit="requests"
+    )
+    rca_trace_bytes: int = _option(
+        16 * 2**20,
+        "most memory of these timelines",
+        "server",
+        low=65536,
+        high=2**32,
+        unit="bytes",
+        parse=parse_bytes,
+    )
+    otlp_traces_endpoint: str | None = _option(
+        None,
+        "send a span of each request to this OpenTelemetry collector (OTLP over HTTP), such as "
+        "http://127.0.0.1:4318/v1/traces; a URL without a path gets /v1/traces",
+        "server",
+    )
     response_store: str | None = _option(
         None, "SQLite file that keeps responses over a restart; in memory by default", "server"
     )

@@ -27,7 +27,7 @@ from vserve.errors import BadRequest
 
 HI = [{"role": "user", "content": "hi"}]
 HUGE_VOCABULARY = 2**80  # the one bound that the description cannot know
-ENTRIES = table(App(options()))
+ENTRIES = table(App(options(rca=True)))
 TABLES: dict[str, Table] = {body.name: body.rows for entry in ENTRIES for body in entry.doc.takes}
 ROWS = {f"{name}.{row.name}": row for name, rows in TABLES.items() for row in rows.values()}
 ROWS |= {f"query.{entry.name}.{row.name}": row for entry in ENTRIES for row in entry.doc.query.values()}
@@ -36,7 +36,7 @@ ROWS |= {f"stream_options.{row.name}": row for row in STREAM_OPTION_ROWS.values(
 
 @pytest.fixture(scope="module")
 def stand() -> Iterator[Stand]:
-    with standing() as running:
+    with standing(rca=True) as running:
         yield running
 
 
@@ -327,6 +327,11 @@ REPLIES: list[tuple[str, str, dict[str, Any] | None]] = [
     ("Tokenized", "/tokenize", {"prompt": []}),
     ("Tokenized", "/tokenize", {"messages": HI}),
     ("Detokenized", "/detokenize", {"tokens": [104, 105]}),
+    ("DebugVersion", "/debug/version", None),
+    ("DebugStats", "/debug/stats", None),
+    ("DebugCache", "/debug/cache_stats", None),
+    ("DebugTraces", "/debug/traces", None),
+    ("DebugTraces", "/debug/traces?format=chrome", None),
 ]
 
 
