@@ -176,6 +176,23 @@ def find_templates(folder: Path) -> dict[str, str]:
     return found
 
 
+def read_template(given: str) -> str:
+    """The template that --chat-template names: a file's content, or given itself where it holds Jinja.
+
+    Raises StartupError for what is neither.
+    """
+    path = Path(given)
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError):  # too long for a name, or of several lines
+        is_file = False
+    if is_file:
+        return _read_template(path)
+    if "{{" in given or "{%" in given:
+        return given
+    raise StartupError(f"--chat-template {shorten(given)} is neither a file nor a template with {{{{ }}}} or {{% %}}")
+
+
 def _listed_templates(value: object, path: Path) -> dict[str, str]:
     if value is None:
         return {}
