@@ -1,7 +1,7 @@
 """Prompts in the styles of the families that people serve equal those of transformers, whatever the conversation.
 
-The templates of templates/ were written for these tests: each has the marks of its family and the features that the family's own
-template uses.  The default model's is its real one.
+The templates of templates/ were written for these tests: each has the marks of its family and the features that the
+family's own template uses.  The default model's is its real one.
 """
 
 from __future__ import annotations
