@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 from safetensors.torch import save, save_file
 from tokenizers import Tokenizer, models
 
-from tests.e2e.process import ROOT, environment
+from tests.e2e.process import ROOT, environment, serving
 
 CONFIG: dict[str, object] = {
     "architectures": ["LlamaForCausalLM"],
@@ -177,6 +178,26 @@ FILES = {
     "a pickle": ("model.pt", pickle.dumps({}), ".pt files may be pickles, which can run code and are never loaded"),
     "a lone weight file": ("model.safetensors", b"x", "pass the folder that holds this file"),
 }
+
+
+def test_tokenizer_and_template_may_come_from_elsewhere(tmp_path: Path) -> None:
+    model, words = tmp_path / "model", tmp_path / "words"
+    for folder in (model, words):
+        folder.mkdir()
+    sound(model)
+    (model / "tokenizer.json").unlink()
+    tokenizer(words)
+    (words / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    own = words / "own.jinja"
+    own.write_text("{% for m in messages %}\u4e01{{ m.content }}{% endfor %}")
+    flags = [str(model), "--tokenizer", str(words), "--chat-template", str(own), "--served-model-name", "m"]
+    with serving(*flags) as server:
+        body = {"model": "m", "messages": [{"role": "user", "content": "\u4e02\u4e03"}]}
+        reply = requests.post(f"{server.url}/tokenize", json=body, timeout=60)
+        assert (reply.status_code, reply.json().get("tokens")) == (200, [1, 2, 3]), reply.text
+        body |= {"max_tokens": 2, "ignore_eos": True}
+        reply = requests.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+        assert (reply.status_code, reply.json()["usage"]["completion_tokens"]) == (200, 2), reply.text
 
 
 def refused(cases: list[list[str]]) -> list[dict[str, object]]:

@@ -26,7 +26,9 @@ _REVISION: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _FILES: Final = ("*.json", "*.jinja", "tokenizer.model")
 _WEIGHTS: Final = ("model*.safetensors",)
-_MODULE: Final = re.compile(r"[0-9]{1,2}_[A-Za-z]{1,40}/config\.json", re.ASCII)
+_NESTED: Final = re.compile(
+    r"[0-9]{1,2}_[A-Za-z]{1,40}/config\.json|additional_chat_templates/[A-Za-z0-9_-]{1,64}\.jinja", re.ASCII
+)
 _TRUE: Final = ("1", "ON", "YES", "TRUE")
 _POLL_S: Final = 0.2
 
@@ -151,9 +153,10 @@ class _Transfer:
         return done
 
     def _is_wanted(self, name: str) -> bool:
-        """Folders in a repository hold other formats of the same model, but for the modules of an embedding model."""
+        """Folders of a repository hold the same model in other formats, but for an embedding model's modules and
+        further chat templates."""
         if "/" in name:
-            return _MODULE.fullmatch(name) is not None
+            return _NESTED.fullmatch(name) is not None
         return any(fnmatchcase(name, pattern) for pattern in self._patterns)
 
     def _download(self) -> None:
