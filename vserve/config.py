@@ -84,6 +84,19 @@ class Config:
         "model",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    tokenizer: str | None = _option(
+        None, "folder to read the tokenizer and the chat template from, where it is not the model's own", "model"
+    )
+    chat_template: str | None = _option(
+        None, "chat template in place of the model's: a file, or the template itself", "model"
+    )
+    revision: str | None = _option(None, "branch, tag or commit of a hub id; main by default", "model")
+    download_dir: str | None = _option(
+        None, "cache of models from the hub, in Hugging Face's layout; HF_HUB_CACHE or ~/.cache by default", "model"
+    )
+    hf_token: str | None = _option(
+        None, "token for downloads that need one; HF_TOKEN or the logged-in user's by default", "model", secret=True
+    )
     load_format: str = _option(
         "auto",
         "auto reads the files; dummy makes random weights from config.json, for benchmarks",

@@ -278,7 +278,7 @@ class _Service:
             if encoder.source.config.architecture.cross:
                 path, body = SCORE_EXAMPLE
         if engine is not None:
-            print(engine.plan.explain())
+            print(*engine.memory, sep="\n")
             names.insert(0, (self._config.served_model_name or (engine.source.name,))[0])
             device, (path, body) = engine.device.type, CHAT_EXAMPLE
         served = " and ".join(names)
