@@ -34,12 +34,15 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "scale": (frozenset({"errors"}), frozenset()),
     "bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
     "encoder_bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
+    "oauth.grants": (frozenset({"errors"}), frozenset()),
+    "oauth": (frozenset({"errors", "oauth.grants"}), frozenset({"jwt", "cryptography"})),
     "api": (
-        frozenset({"http", "text", "bridge", "encoder_bridge", "engine.policy", "errors", "observe", "scale", ""}),
+        frozenset({"http", "text", "bridge", "encoder_bridge", "engine.policy", "errors", "observe", "scale", ""})
+        | {"oauth.grants"},
         frozenset({"orjson"}),
     ),
 }
-NO_ASYNCIO = frozenset({"text", "kernels", "model", "engine.policy", "engine.device"})
+NO_ASYNCIO = frozenset({"text", "kernels", "model", "engine.policy", "engine.device", "oauth", "oauth.grants"})
 
 
 def layer(parts: tuple[str, ...]) -> str:
@@ -48,6 +51,8 @@ def layer(parts: tuple[str, ...]) -> str:
         return ""
     if parts[1] == "engine":
         return "engine.policy" if len(parts) < 3 or parts[2] in POLICY else "engine.device"
+    if parts[1] == "oauth":
+        return "oauth.grants" if parts[2:] == ("grants",) else "oauth"
     return parts[1]
 
 

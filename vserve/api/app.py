@@ -26,6 +26,7 @@ from vserve.bridge import Bridge
 from vserve.errors import ApiError, BadRequest, NotFound, RateLimited, Unavailable, shorten
 from vserve.http.exchange import Exchange
 from vserve.http.site import AccessEntry
+from vserve.oauth.grants import Flow
 from vserve.observe.heartbeat import Heartbeat
 from vserve.observe.metrics import EngineSeries, Metrics
 from vserve.scale.workers import LocalWorker, Workers
@@ -47,7 +48,9 @@ _REFUSED = {401: "unauthorized", 403: "forbidden", 429: "overloaded"}
 class Options:
     """What the operator chose.  Times in seconds.
 
-    docs: /openapi.json is served.  long_text_chars: texts longer than this are rendered and tokenised off the loop.
+    docs: /openapi.json and the pages are served.  root_path: what a proxy puts before every path, "" for nothing.
+    oauth2: how a browser gets an access token, None where /openapi.json does not say.
+    long_text_chars: texts longer than this are rendered and tokenised off the loop.
     tool_call_parser, reasoning_parser: the flags' values; "auto" is what the chat template shows.
     max_sequences: most choices of one request, over all its prompts.
     """
@@ -56,6 +59,8 @@ class Options:
     api_keys: tuple[str, ...] = ()
     strict: bool = False
     docs: bool = True
+    root_path: str = ""
+    oauth2: Flow | None = None
     keep_alive_s: float = 15.0
     request_timeout_s: float | None = None
     stall_timeout_s: float = 60.0
@@ -318,7 +323,10 @@ class App:
 
     def refused(self, error: ApiError) -> None:
         """Count a request that was not let in."""
-        self.metrics.refused(_REFUSED.get(error.status) or self.status.value)
+        reason = _REFUSED.get(error.status)
+        if reason is None:  # a server that is ready lets in all it can tell who they are
+            reason = "issuer" if self.status is Status.READY else self.status.value
+        self.metrics.refused(reason)
 
     async def off_loop(self, work: Callable[[], T]) -> T:
         """Run work in the pool for long texts."""
