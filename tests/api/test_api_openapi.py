@@ -26,7 +26,8 @@ from vserve.errors import BadRequest
 
 HI = [{"role": "user", "content": "hi"}]
 HUGE_VOCABULARY = 2**80  # the one bound that the description cannot know
-ENTRIES = table(App(options()))
+EVERYTHING = table(App(options()))
+ENTRIES = tuple(entry for entry in EVERYTHING if not entry.page)
 TABLES: dict[str, Table] = {body.name: body.rows for entry in ENTRIES for body in entry.doc.takes}
 ROWS = {f"{name}.{row.name}": row for name, rows in TABLES.items() for row in rows.values()}
 ROWS |= {f"query.{entry.name}.{row.name}": row for entry in ENTRIES for row in entry.doc.query.values()}

@@ -15,7 +15,7 @@ import orjson
 from vserve.api import reply_schema
 from vserve.api.accept import has_it
 from vserve.api.app import App
-from vserve.api.entry import OPEN, Doc, Entry
+from vserve.api.entry import INFER, OPEN, Doc, Entry
 from vserve.api.fields import Schema, Table, object_schema
 from vserve.http.exchange import Exchange, Response
 from vserve.oauth.grants import Flow
@@ -76,10 +76,19 @@ def describe(
     return {
         "openapi": "3.1.0",
         "info": {"title": "vserve", "version": version, "description": ABOUT},
-        "servers": [{"url": root_path or "/"}],
+        **({"servers": [{"url": root_path}]} if root_path else {}),
+        "tags": [{"name": name, "description": said} for name, said in TAGS.items()],
         "paths": paths,
         "components": {"schemas": schemas, "securitySchemes": SECURITY if oauth2 is None else _with_oauth2(oauth2)},
     }
+
+
+TAGS = {"Inference": "What the models do.", "Operation": "How the server is, and what it is."}
+
+
+def _tag(entry: Entry) -> str:
+    generates = "POST" in entry.methods or any(pattern.startswith("/v1/") for pattern in entry.patterns)
+    return "Inference" if entry.auth == INFER and generates else "Operation"
 
 
 SECURITY: Schema = {
@@ -94,6 +103,7 @@ def _operation(entry: Entry, method: str, pattern: str, strict: bool, *, first: 
     made: dict[str, object] = {
         "operationId": entry.name if first else f"{entry.name}_{words}",
         "summary": doc.help,
+        "tags": [_tag(entry)],
         "responses": _responses(doc),
     }
     parameters = [_path_parameter(name) for name in _PARAMETER.findall(pattern)] + _query(doc.query, strict)

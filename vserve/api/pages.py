@@ -30,8 +30,11 @@ FILES = (
 )
 """What is served in FOLDER; each is a row of the route table, so there is no path to play with."""
 
-_EMPTY_STYLE = "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU='"
-"""The hash of nothing: Redoc makes an empty style element and adds its rules by script."""
+_REDOC_STYLES = (
+    "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=' "  # nothing: the rules are added to it by script
+    "'sha256-QMIg+bpjm3JdElJ388KYke01izlUW0UoNOeKjpMxdgc='"  # of its scroll bars
+)
+"""The hashes of the style elements that Redoc makes: no other inline style is let in."""
 
 
 def policy(*, connect: str = "'self'", style: str = "'self'", worker: str = "'none'") -> Fields:
@@ -68,7 +71,7 @@ class Pages:
         # Swagger UI changes the issuer's code for a token itself.
         issuer = "" if flow is None else " " + _origin(flow.token_url)
         self._docs_policy = policy(connect=f"'self'{issuer}")
-        self._redoc_policy = policy(style=f"'self' {_EMPTY_STYLE}", worker="blob:")
+        self._redoc_policy = policy(style=f"'self' {_REDOC_STYLES}", worker="blob:")
 
     async def home(self, exchange: Exchange) -> Response:
         """The home page.  It is told whether there are keys: a request to find out would be an error to a browser."""

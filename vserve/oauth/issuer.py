@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jwt
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from jwt.types import JWKDict
 
@@ -32,6 +34,7 @@ ALGORITHMS: Mapping[tuple[str, str | None], tuple[str, ...]] = {
     ("EC", "P-521"): ("ES512",),
     ("OKP", "Ed25519"): ("EdDSA",),
 }
+PublicKey = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey
 LEAST_RSA_BITS = 2048
 REFRESH_S = 300.0
 """How often keys are fetched unasked: a key that the issuer has taken back opens nothing after that."""
@@ -50,7 +53,7 @@ _KNOWN = ("/.well-known/openid-configuration", "/.well-known/oauth-authorization
 class Key:
     """A public key and the algorithms it may be used with."""
 
-    key: jwt.PyJWK
+    key: PublicKey
     algorithms: tuple[str, ...]
 
 
@@ -211,9 +214,10 @@ def _key(row: JWKDict) -> Key | None:
     if not algorithms:
         return None
     try:
-        made = jwt.PyJWK.from_dict(row, algorithms[0])
+        key = jwt.PyJWK.from_dict(row, algorithms[0]).key
     except (jwt.PyJWTError, ValueError, TypeError):
         return None
-    if isinstance(made.key, RSAPublicKey) and made.key.key_size < LEAST_RSA_BITS:
+    # A private key in such a document is everyone's: it proves nothing.
+    if not isinstance(key, PublicKey) or (isinstance(key, RSAPublicKey) and key.key_size < LEAST_RSA_BITS):
         return None
-    return Key(made, algorithms)
+    return Key(key, algorithms)

@@ -169,7 +169,7 @@ async function stream(turn) {
 
 function figure(count, began, first) {
   const seconds = (performance.now() - first) / 1000;
-  const pace = count > 1 && seconds > 0 ? `, then ${((count - 1) / seconds).toFixed(1)} a second` : "";
+  const pace = count > 1 && seconds > 0.05 ? `, then ${((count - 1) / seconds).toFixed(1)} a second` : "";
   at("figure").textContent = `${count} tokens; the first after ${((first - began) / 1000).toFixed(2)} s${pace}`;
 }
 

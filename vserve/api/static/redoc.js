@@ -26,7 +26,7 @@ function draw() {
   const theme = matchMedia("(prefers-color-scheme: dark)").matches ? night : light;
   const system = { typography: { fontFamily: "system-ui, sans-serif", headings: { fontFamily: "system-ui, sans-serif" } } };
   theme.typography = { ...theme.typography, ...system.typography };
-  Redoc.init("openapi.json", { theme, hideDownloadButton: false, nativeScrollbars: true }, document.getElementById("redoc"));
+  Redoc.init("openapi.json", { theme, sideNavStyle: "path-only", nativeScrollbars: true }, document.getElementById("redoc"));
 }
 
 draw();
