@@ -31,6 +31,17 @@ _DUPLICATE = (
 )
 """Chromium talks over its descriptors 3 and 4, which subprocess can't give it."""
 
+_PLACE = """(selector) => {
+  const it = document.querySelector(selector);
+  if (!it || it.disabled) return null;
+  it.scrollIntoView({block: 'center', behavior: 'instant'});
+  const box = it.getBoundingClientRect();
+  const place = [box.x + box.width / 2, box.y + box.height / 2];
+  const before = it.placeBefore;
+  it.placeBefore = place;
+  return it.contains(document.elementFromPoint(...place)) && before?.join() === place.join() && place;
+}"""
+
 
 class Chromium:
     """One browser process and the pipe to it."""
@@ -138,9 +149,9 @@ class Page:
             self.requests.append(params["request"]["url"])
         elif method == "Runtime.exceptionThrown":
             self.complaints.append(json.dumps(params["exceptionDetails"]))
-        elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "assert", "warning"):
+        elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "assert"):
             self.complaints.append(json.dumps([item.get("value") for item in params["args"]]))
-        elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
+        elif method == "Log.entryAdded" and params["entry"]["level"] == "error":
             self.complaints.append(json.dumps(params["entry"]))
         elif method == "Audits.issueAdded" and params["issue"]["code"] == "ContentSecurityPolicyIssue":
             self.complaints.append(json.dumps(params["issue"]))
@@ -170,13 +181,8 @@ class Page:
                     raise
 
     def click(self, selector: str) -> None:
-        """Press the middle of the first element of that selector, once it is there."""
-        found = json.dumps(selector)
-        x, y = self.until(
-            f"(() => {{ const it = document.querySelector({found}); if (!it || it.disabled) return null; "
-            "it.scrollIntoView({block: 'center', behavior: 'instant'}); const box = it.getBoundingClientRect(); "
-            "return box.width ? [box.x + box.width / 2, box.y + box.height / 2] : null; })()"
-        )
+        """Press the middle of the first element of that selector, once it is there, on top and at rest."""
+        x, y = self.until(f"({_PLACE})({json.dumps(selector)})")
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 

@@ -92,8 +92,12 @@ def _tag(entry: Entry) -> str:
 
 
 SECURITY: Schema = {
-    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key: Authorization: Bearer <key>."},
-    "apiKey": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same key in its own header."},
+    "bearer": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "An API key, or an access token where the server takes those: `Authorization: Bearer KEY`.",
+    },
+    "apiKey": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same in its own header."},
 }
 
 
