@@ -26,6 +26,7 @@ from vserve.http.limits import Limits
 from vserve.http.router import Router
 from vserve.http.server import HttpServer
 from vserve.http.site import ReplyHeaders
+from vserve.store.record import Store
 from vserve.text.template import ChatTemplate
 from vserve.text.tokenizer import Tokenizer
 
@@ -114,12 +115,18 @@ def parse_events(text: str) -> list[Any]:
     for block in text.split("\n\n")[:-1]:
         if block.startswith(":"):
             continue
+        block = without_id(block)
         name, _, data = block.rpartition("data: ")
         assert name == "" or name.startswith("event: "), block
         events.append(data if data == "[DONE]" else json.loads(data))
         if name:
             assert events[-1]["type"] == name.removeprefix("event: ").strip()
     return events
+
+
+def without_id(block: str) -> str:
+    """An event less its id line."""
+    return block.partition("\n")[2] if block.startswith("id: ") else block
 
 
 def options(**changes: object) -> Options:
@@ -140,6 +147,7 @@ def standing(
     context: int = CONTEXT,
     send_buffer: int | None = None,
     reply_headers: ReplyHeaders | None = None,
+    store: Store | None = None,
     encoder: Callable[[asyncio.AbstractEventLoop], EncoderModel] | None = None,
     generates: bool = True,
     **changes: object,
@@ -154,7 +162,7 @@ def standing(
     thread.start()
 
     async def build() -> tuple[Stand, Model]:
-        app = App(options(max_queue=max_queue, **changes))
+        app = App(options(max_queue=max_queue, **changes), store)
         entries = table(app)
         server = HttpServer(
             Router(routes(entries)),

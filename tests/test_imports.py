@@ -34,11 +34,12 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "scale": (frozenset({"errors"}), frozenset()),
     "bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
     "encoder_bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
+    "store": (frozenset({"errors"}), frozenset()),
     "oauth.grants": (frozenset({"errors"}), frozenset()),
     "oauth": (frozenset({"errors", "oauth.grants"}), frozenset({"jwt", "cryptography"})),
     "api": (
         frozenset({"http", "text", "bridge", "encoder_bridge", "engine.policy", "errors", "observe", "scale", ""})
-        | {"oauth.grants"},
+        | {"oauth.grants", "store"},
         frozenset({"orjson"}),
     ),
 }

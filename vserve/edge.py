@@ -1,4 +1,5 @@
-"""Edge: what stands between the sockets and the routes, as the Config has it: limits, TLS, keys, CORS, access log.
+"""Edge: what stands between the sockets and the routes, as the Config has it: limits, TLS, keys, CORS,
+access log, response store.
 
 Made before anything listens, so that a bad file or flag ends the start.  SIGHUP reads the files again.  L only.
 """
@@ -21,6 +22,9 @@ from vserve.http.access_log import AccessWriter
 from vserve.http.limits import Limits
 from vserve.http.tls import Tls, TlsFiles
 from vserve.oauth.grants import Flow, Grants, check_url
+from vserve.store.memory import MemoryStore
+from vserve.store.record import Bounds, Store
+from vserve.store.sqlite import SqliteStore
 
 if TYPE_CHECKING:  # the extra
     from vserve.oauth.issuer import IssuerKeys
@@ -81,7 +85,13 @@ class Edge:
 def limits(config: Config) -> Limits:
     """The bounds of the wire half."""
     return Limits(
+        request_line_bytes=config.max_request_line_bytes,
+        header_bytes=config.max_header_bytes,
+        header_count=config.max_header_fields,
+        tls_handshake_s=config.tls_handshake_timeout_s,
         body_bytes=config.body_limit_bytes,
+        in_flight_bytes=config.max_bytes_in_flight,
+        pipelined_requests=config.max_pipelined,
         connections=config.max_connections,
         # All clients of a Unix socket have one address.
         connections_per_address=config.max_connections_per_address if config.uds is None else None,
@@ -91,6 +101,12 @@ def limits(config: Config) -> Limits:
         keep_alive_s=config.keep_alive_timeout_s,
         write_stall_s=config.write_timeout_s,
     )
+
+
+def response_store(config: Config) -> Store:
+    """Where responses are kept.  Raises StartupError for a file that cannot be used."""
+    bounds = Bounds(config.response_store_entries, config.response_store_bytes, config.response_store_age_s)
+    return MemoryStore(bounds) if config.response_store is None else SqliteStore(config.response_store, bounds)
 
 
 def root_path(config: Config) -> str:

@@ -55,7 +55,10 @@ def test_a_key_file_gives_names_digests_scopes_and_rates(tmp_path: Path) -> None
         (f"[keys.a]\nkey = '{SECRET}ü'", "keys.a: an API key must be one or more visible ASCII characters"),
         ("[keys.a]\nsha256 = '00'", "keys.a: sha256 must be 64 hexadecimal digits"),
         (f"[keys.a]\nsha256 = '{SECRET}'", "keys.a: sha256 must be 64 hexadecimal digits"),
-        (f"[keys.a]\nkey = '{SECRET}'\nscope = ['infer']", "keys.a: only key, requests_per_minute, scopes, sha256"),
+        (
+            f"[keys.a]\nkey = '{SECRET}'\nscope = ['infer']",
+            "keys.a: only key, requests_per_day, requests_per_minute, requests_per_month",
+        ),
         (f"[keys.a]\nkey = '{SECRET}'\nscopes = []", "keys.a: scopes must be a list"),
         (f"[keys.a]\nkey = '{SECRET}'\nscopes = 'infer'", "keys.a: scopes must be a list"),
         (f"[keys.a]\nkey = '{SECRET}'\nscopes = ['root']", "keys.a: scopes must be a list"),

@@ -1,4 +1,4 @@
-"""Who may call: bearer keys, compared as hashes in constant time, their scopes, rates and prefix-cache salts.
+"""Who may call: bearer keys, compared as hashes in constant time, their scopes, rates, quotas and prefix-cache salts.
 
 Holds no key in clear text after construction and never says which part of a key was wrong.  Knows no file: named keys
 are read by key_file.py, and no issuer: access tokens are checked by vserve.oauth.  Event-loop thread only.
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from vserve.api.quota import Goods, Ledger, Quota
 from vserve.errors import PermissionDenied, RateLimited, StartupError, Unauthorized
 from vserve.http.events import Headers
 from vserve.oauth.grants import Grants, Subject
@@ -34,6 +35,7 @@ class Key:
     digest: bytes = field(repr=False)
     scopes: frozenset[str] = SCOPES
     requests_per_minute: float | None = None
+    quotas: tuple[Quota, ...] = ()
 
     @property
     def salt(self) -> bytes:
@@ -91,6 +93,7 @@ class Keys:
             raise StartupError(f"--api-key: {error}") from None
         self._all = self._plain
         self._buckets: dict[str, _Bucket] = {}
+        self._ledger = Ledger()
         self._tokens: Tokens | None = None
 
     def trust(self, tokens: Tokens) -> None:
@@ -109,6 +112,7 @@ class Keys:
         self._all = everything
         names = {key.name for key in everything}  # what was spent stays spent
         self._buckets = {name: bucket for name, bucket in self._buckets.items() if name in names}
+        self._ledger.keep(names)
 
     def guards(self, scope: str) -> bool:
         """Whether a route asks for this scope.  Metrics do only once a named key, or an issuer's scope, opens them."""
@@ -137,18 +141,36 @@ class Keys:
         return caller
 
     def spend(self, caller: Caller | None) -> RateLimited | None:
-        """Count one request against the caller's rate; the 429, which counts nothing, when it has none left."""
-        if not isinstance(caller, Key) or caller.name is None or caller.requests_per_minute is None:
+        """Count one request against the caller's quotas and rate; the 429, and nothing counted, when one is used up."""
+        if not isinstance(caller, Key) or caller.name is None:
             return None
-        most, per_s = max(1.0, caller.requests_per_minute), caller.requests_per_minute / 60
         now_s = self._clock()
-        bucket = self._buckets.setdefault(caller.name, _Bucket(most, now_s))
+        refusal = self._ledger.refusal(caller.name, caller.quotas, now_s) if caller.quotas else None
+        if refusal is None and caller.requests_per_minute is not None:
+            refusal = self._draw(caller.name, caller.requests_per_minute, now_s)
+        if refusal is None and caller.quotas:
+            self._ledger.count(caller.name, caller.quotas, Goods.REQUESTS, 1, now_s)
+        return refusal
+
+    def use(self, caller: Caller | None, tokens: int) -> None:
+        """Count tokens of an answer that has ended, and of its prompt, against the caller's quotas."""
+        if isinstance(caller, Key) and caller.name is not None and caller.quotas and tokens > 0:
+            self._ledger.count(caller.name, caller.quotas, Goods.TOKENS, tokens, self._clock())
+
+    def caller(self, authorization: str | None) -> Caller | None:
+        """Who this is; None when everyone may call.  Raises as check does."""
+        return self._caller(authorization) if self.guards(INFER) else None
+
+    def _draw(self, name: str, requests_per_minute: float, now_s: float) -> RateLimited | None:
+        """Take one request out of the key's bucket."""
+        most, per_s = max(1.0, requests_per_minute), requests_per_minute / 60
+        bucket = self._buckets.setdefault(name, _Bucket(most, now_s))
         bucket.left = min(most, bucket.left + (now_s - bucket.at_s) * per_s)
         bucket.at_s = now_s
         # A hair below one is one: a client that waits exactly as long as it was told must not be refused again.
         if bucket.left < 1 - 1e-6:
             return RateLimited(
-                f"This API key may make {caller.requests_per_minute:g} requests a minute; try again later.",
+                f"This API key may make {requests_per_minute:g} requests a minute; try again later.",
                 retry_after_s=max(1, math.ceil((1 - bucket.left) / per_s - 1e-3)),
             )
         bucket.left -= 1

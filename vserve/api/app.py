@@ -15,13 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from vserve.api.access import Keys, credentials
+from vserve.api.access import Caller, Keys, credentials
 from vserve.api.defaults import Defaults
 from vserve.api.encoder import EncoderModel, EncoderServed
 from vserve.api.keepalive import KeepAlive
 from vserve.api.load import Usage
 from vserve.api.meter import SeriesMeter, engine_now
 from vserve.api.status import Lifecycle, Status
+from vserve.api.trail import Trails
 from vserve.bridge import Bridge
 from vserve.errors import ApiError, BadRequest, NotFound, RateLimited, Unavailable, shorten
 from vserve.http.exchange import Exchange
@@ -30,6 +31,8 @@ from vserve.oauth.grants import Flow
 from vserve.observe.heartbeat import Heartbeat
 from vserve.observe.metrics import EngineSeries, Metrics
 from vserve.scale.workers import LocalWorker, Workers
+from vserve.store.memory import MemoryStore
+from vserve.store.record import Store
 from vserve.text.grammar import HELPERS, Grammar, Grammars, why_none
 from vserve.text.grammar_spec import GrammarSpec
 from vserve.text.habits import Habits, habits_of
@@ -51,6 +54,7 @@ class Options:
     docs: /openapi.json and the pages are served.  root_path: what a proxy puts before every path, "" for nothing.
     oauth2: how a browser gets an access token, None where /openapi.json does not say.
     long_text_chars: texts longer than this are rendered and tokenised off the loop.
+    resume_s, resume_streams, resume_bytes: how long, and how many, broken streams can be gone on with.
     tool_call_parser, reasoning_parser: the flags' values; "auto" is what the chat template shows.
     max_sequences: most choices of one request, over all its prompts.
     """
@@ -69,6 +73,9 @@ class Options:
     max_queued_tokens: int = 2**20
     max_sequences: int = 1024
     long_text_chars: int = 8192
+    resume_s: float = 60.0
+    resume_streams: int = 1024
+    resume_bytes: int = 64 * 2**20
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
 
@@ -153,14 +160,19 @@ class Ending(Protocol):
 class App:
     """One server's shared state.  Made before the model; ``ready`` brings the model in."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, store: Store | None = None) -> None:
+        """store: of responses; in memory with the default bounds where none is given."""
         self.options = options
+        self.store = store or MemoryStore()
         self.life = Lifecycle()
         self.keys = Keys(options.api_keys)
         self.keep_alive = KeepAlive(options.keep_alive_s)
         self.usage = Usage()
+        self.trails = Trails(options.resume_s, options.resume_streams, options.resume_bytes)
         self.metrics = Metrics()
+        self.metrics.stored = lambda: self.store.figures
         self.replies: set[Ending] = set()
+        self.tasks: set[asyncio.Task[None]] = set()  # what goes on without a connection
         self.workers: Workers = LocalWorker()
         self._pool = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         # Apart from the other: a grammar may take seconds, and most of them in a process of its own.
@@ -217,13 +229,20 @@ class App:
         for reply in list(self.replies):
             reply.fail(error)
 
+    async def settle(self, timeout_s: float) -> None:
+        """Wait until nothing goes on without a connection, at most so long."""
+        if self.tasks:
+            await asyncio.wait(set(self.tasks), timeout=timeout_s)
+
     def stopped(self) -> None:
         """The last reply is out: give the threads back."""
         if self.life.can(Status.STOPPED):
             self.life.to(Status.STOPPED)
         self.keep_alive.close()
+        self.trails.close()
         self.metrics.timer.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self.store.close()
         self._compilers.shutdown(wait=False, cancel_futures=True)
         if self._served is not None and self._served.model.grammars is not None:
             self._served.model.grammars.close()
@@ -331,6 +350,10 @@ class App:
     async def off_loop(self, work: Callable[[], T]) -> T:
         """Run work in the pool for long texts."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def caller(self, exchange: Exchange) -> Caller | None:
+        """Whose key came with this request; None when no keys are configured."""
+        return self.keys.caller(credentials(exchange.request.headers))
 
     async def compiled(self, served: Served, spec: GrammarSpec, path: str) -> Grammar:
         """The grammar of spec, which came in the field path.  Raises BadRequest with the reason why there is none."""

@@ -12,9 +12,10 @@ import orjson
 from vserve.api.app import App, Served
 from vserve.api.asked import checked
 from vserve.api.choice import Choice
-from vserve.api.generation import Order, Prompt, generate, reply_head
+from vserve.api.generation import Order, Prompt, check_length, generate, reply_head
 from vserve.api.reply import CountsNow
 from vserve.api.requests import CompletionRequest, Wanted, parse_completion
+from vserve.api.resume import resume
 from vserve.api.shapes import Counts, Echoed, Head, Piece, TokenText, completion_logprobs, frame, prompt_logprobs
 from vserve.http.exchange import Exchange, Response
 
@@ -31,12 +32,19 @@ class Completions:
         """Answer one request.  Raises ApiError while nothing has been sent."""
         app = self._app
         served = app.served
+        event_id = exchange.request.headers.get("last-event-id")
+        if event_id:
+            return await resume(app, served, exchange, event_id)
         asked = await checked(app, served, exchange, parse_completion)
         wanted = asked.wanted
         head = reply_head(served, exchange, wanted, "cmpl-")
         order = await prepare(app, served, asked)
         text = TokenText(served.model.tokenizer, wanted.tokens_as_ids)
-        return await generate(app, served, exchange, order, CompletionDialect(head, wanted, text, echo=asked.echo))
+
+        def dialect() -> CompletionDialect:
+            return CompletionDialect(head, wanted, text, echo=asked.echo)
+
+        return await generate(app, served, exchange, order, dialect(), renew=dialect)
 
 
 async def prepare(app: App, served: Served, asked: CompletionRequest) -> Order:
@@ -52,6 +60,11 @@ async def prepare(app: App, served: Served, asked: CompletionRequest) -> Order:
 
 async def _prompts(app: App, served: Served, asked: CompletionRequest) -> list[Prompt]:
     texts = [prompt for prompt in asked.prompts if isinstance(prompt, str)]
+    if asked.wanted.truncate is None:
+        for i, prompt in enumerate(asked.prompts):
+            if isinstance(prompt, str):
+                path = "prompt" if len(asked.prompts) == 1 else f"prompt[{i}]"
+                check_length(served.model.tokenizer, prompt, served.model.max_model_len, path)
     encoded = iter(await encode(app, served, texts, asked.add_special))
     prompts: list[Prompt] = []
     for i, prompt in enumerate(asked.prompts):
