@@ -52,6 +52,7 @@ def table(app: App) -> tuple[Entry, ...]:
     asks_embedding = Body("EmbeddingRequest", schema.EMBEDDINGS, {"input": "What is the capital of France?"})
     asks_chat = Body("ChatCompletionRequest", schema.CHAT, {"messages": turns, "max_tokens": 32, "stream": False})
     asks_text = Body("CompletionRequest", schema.COMPLETIONS, {"prompt": "Once upon a time", "max_tokens": 32})
+    asks_response = Body("ResponseRequest", schema.RESPONSES, {"input": "Say hello.", "max_output_tokens": 32})
     asks_messages = Body("MessagesRequest", messages_fields.MESSAGES, {"messages": turns, "max_tokens": 32})
     asks_count = Body("CountTokensRequest", messages_fields.COUNT_TOKENS, {"messages": turns})
     asks_batch = Body("BatchRequest", BATCH, {"messages": [turns, turns], "max_tokens": 8})
@@ -136,7 +137,7 @@ def table(app: App) -> tuple[Entry, ...]:
         ),
         Entry(
             "responses", post, ("/v1/responses",), responses.create, INFER, Need.ROOM,
-            Doc("Answer, and keep the answer.", takes=(Body("ResponseRequest", schema.RESPONSES),), reply="Response",
+            Doc("Answer, and keep the answer.", takes=(asks_response,), reply="Response",
                 events="ResponseEvent"),
         ),
         # Nothing is needed of the model: what was stored can be had while it loads and while others drain.
