@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
@@ -15,7 +16,7 @@ from vserve.oauth.issuer import MAX_KEYS, STALE_S, IssuerKeys
 
 
 @pytest.fixture
-def issuer():  # type: ignore[no-untyped-def]
+def issuer() -> Iterator[Issuer]:
     with issuing() as running:
         yield running
 

@@ -16,8 +16,8 @@ const open = () => !guarded || key !== "";
 async function ask(path) {
   const reply = await fetch(path, { headers: headers(), cache: "no-store" });
   const body = await reply.json();
-  if (!reply.ok && !("phase" in body)) throw new Error(body.error ? body.error.message : `HTTP ${reply.status}`);
-  return body;
+  if (reply.ok || "phase" in body) return body;
+  throw Object.assign(new Error(body.error ? body.error.message : `HTTP ${reply.status}`), { status: reply.status });
 }
 
 function state(name, words) {
@@ -71,7 +71,7 @@ async function models() {
 
 function refused(error) {
   at("model-note").textContent = error.message;
-  if (guarded) key = ""; // a key that does not work is not sent again and again
+  if (error.status === 401 || error.status === 403) key = ""; // one that does not work is not sent again and again
 }
 
 async function watch() {
