@@ -161,7 +161,12 @@ class Config:
         None, "TOML file of named keys with scopes and rates, read again on SIGHUP", "access"
     )
     strict: bool = _option(False, "refuse unknown request fields with 400 instead of listing them", "server")
-    disable_docs: bool = _option(False, "do not serve /openapi.json, /docs, /redoc and the home page", "server")
+    disable_docs: bool = _option(
+        False,
+        "do not serve /openapi.json, /docs, /redoc and the home page",
+        "server",
+        aliases=("--disable-fastapi-docs",),
+    )
     max_queue: int = _option(
         1024, "requests that may wait before new ones get 429", "server", low=1, high=1_000_000, unit="requests"
     )
