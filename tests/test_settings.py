@@ -109,7 +109,7 @@ def test_every_setting_is_shown_and_no_key_is(capsys: pytest.CaptureFixture[str]
     shown = capsys.readouterr().out
     assert "hunter2" not in shown
     assert "# api-key = (hidden)" in shown
-    assert len(re.findall(r"^(?:# )?[a-z-]+ =", shown, re.MULTILINE)) == len(flags())
+    assert len(re.findall(r"^(?:# )?[a-z0-9-]+ =", shown, re.MULTILINE)) == len(flags())
 
 
 def test_vllms_list_form_is_taken() -> None:

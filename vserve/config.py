@@ -174,7 +174,12 @@ class Config:
         None, "TOML file of named keys with scopes and rates, read again on SIGHUP", "access"
     )
     strict: bool = _option(False, "refuse unknown request fields with 400 instead of listing them", "server")
-    disable_docs: bool = _option(False, "do not serve /openapi.json", "server")
+    disable_docs: bool = _option(
+        False,
+        "do not serve /openapi.json, /docs, /redoc and the home page",
+        "server",
+        aliases=("--disable-fastapi-docs",),
+    )
     max_queue: int = _option(
         1024, "requests that may wait before new ones get 429", "server", low=1, high=1_000_000, unit="requests"
     )
@@ -283,6 +288,27 @@ class Config:
         30 * 86400.0, "age at which a response is forgotten", "server", low=1, high=10**10, unit="seconds"
     )
     access_log: bool = _option(False, "one JSON line on stderr for each request", "server")
+
+    oauth2_issuer: str | None = _option(
+        None, "take this issuer's access tokens (JWT) beside API keys; its address, as in their claim iss", "access"
+    )
+    oauth2_audience: str | None = _option(None, "what the claim aud of such a token must be or hold", "access")
+    oauth2_jwks_url: str | None = _option(
+        None, "where the issuer's public keys are; by default where its /.well-known/ document says", "access"
+    )
+    oauth2_scopes: tuple[str, ...] = _option(
+        ("infer", "admin"),
+        "what the issuer's scopes open here, as SCOPE=OURS with OURS infer, admin or metrics, or OURS alone; several "
+        "with commas; infer,admin by default",
+        "access",
+        split=True,
+    )
+    oauth2_authorization_url: str | None = _option(
+        None, "where a browser asks for a token, for /openapi.json and /docs", "access"
+    )
+    oauth2_token_url: str | None = _option(
+        None, "where it then gets one; must allow the origin of /docs (CORS)", "access"
+    )
 
     ssl_certfile: str | None = _option(None, "serve TLS with this PEM certificate, read again on SIGHUP", "access")
     ssl_keyfile: str | None = _option(None, "the certificate's PEM key; by default in the same file", "access")

@@ -104,7 +104,7 @@ class _Service:
         from vserve.api.failure import render
         from vserve.api.routes import Gate, routes, table
         from vserve.bridge import Bridge
-        from vserve.edge import Edge, limits, response_store, root_path
+        from vserve.edge import Edge, flow, limits, response_store, root_path
         from vserve.encoder_service import EncoderService
         from vserve.engine.inbox import Inbox
         from vserve.http.router import Router
@@ -123,6 +123,8 @@ class _Service:
                 api_keys=config.api_key,
                 strict=config.strict,
                 docs=not config.disable_docs,
+                root_path=root_path(config),
+                oauth2=flow(config),
                 keep_alive_s=config.sse_ping_s,
                 request_timeout_s=config.request_timeout_s,
                 stall_timeout_s=config.stall_timeout_s,
@@ -141,7 +143,7 @@ class _Service:
             response_store(config),
             exporter=self._otlp,
         )
-        edge = Edge(config, self._app.keys)
+        edge = self._edge = Edge(config, self._app.keys)
         edge.watch(loop)
         self._access_log = edge.access_log
         entries = table(self._app)
@@ -326,6 +328,7 @@ class _Service:
         stalled = isinstance(self._failure, EngineStalled)
         await self._http.close(STALL_GRACE_S if stalled else STOP_GRACE_S)
         self._app.stopped()
+        self._edge.stop()
         if self._otlp is not None:
             self._otlp.close(OTLP_GRACE_S)
         if self._engine is not None and not stalled:

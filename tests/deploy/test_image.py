@@ -159,6 +159,7 @@ def test_the_wheel_is_small_and_asks_for_few_packages(image: tuple[Build, Path])
         metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
     assert len(re.findall(r"^Requires-Dist: (?!.*extra ==)", metadata, re.MULTILINE)) <= 8
     assert "vserve/kernels/reference.py" in names  # what the symbolic link points to travels
+    assert {"vserve/api/static/swagger-ui-bundle.js.gz", "vserve/api/static/LICENSES.txt"} <= set(names)
 
 
 def test_the_package_knows_the_commit_that_it_was_built_from(image: tuple[Build, Path]) -> None:
@@ -181,6 +182,16 @@ def test_one_file_is_the_whole_program(image: tuple[Build, Path], tmp_path: Path
         return subprocess.run(command, capture_output=True, text=True, env=environ, cwd=tmp_path, timeout=120)
 
     assert run("--version").stdout == f"{__version__}\n"
+    page = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from vserve.api import assets; print(assets.__file__); "
+        "print(len(assets.Asset.read('swagger-ui-bundle.js').content), len(assets.Asset.read('home.html').content))"
+    )
+    command = [str(python), "-I", "-c", page, str(target)]
+    loaded = subprocess.run(command, capture_output=True, text=True, env=environ, cwd=tmp_path, timeout=60)
+    assert loaded.returncode == 0, loaded.stderr
+    where, sizes = loaded.stdout.splitlines()
+    assert where.startswith(str(target))  # the pages too come out of it
+    assert all(int(size) > 1000 for size in sizes.split())
     missing = run("serve", "nothing.gguf")
     assert missing.returncode == 2
     assert missing.stderr.splitlines()[-1].startswith("vserve: model 'nothing.gguf' does not exist")

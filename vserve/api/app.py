@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from vserve.api.access import Key, Keys, credentials
+from vserve.api.access import Caller, Keys, credentials
 from vserve.api.defaults import Defaults
 from vserve.api.encoder import EncoderModel, EncoderServed
 from vserve.api.keepalive import KeepAlive
@@ -28,6 +28,7 @@ from vserve.bridge import Bridge
 from vserve.errors import ApiError, BadRequest, NotFound, RateLimited, Unavailable, shorten
 from vserve.http.exchange import Exchange
 from vserve.http.site import AccessEntry
+from vserve.oauth.grants import Flow
 from vserve.observe.heartbeat import Heartbeat
 from vserve.observe.metrics import EngineSeries, Metrics
 from vserve.observe.trace import TraceRing
@@ -54,7 +55,9 @@ class Options:
 
     rca: the routes under /debug are served.  rca_traces, rca_trace_bytes: bounds of the traces kept for them.
     settings: what the server was started with, as JSON has it and without secrets, for them.
-    docs: /openapi.json is served.  long_text_chars: texts longer than this are rendered and tokenised off the loop.
+    docs: /openapi.json and the pages are served.  root_path: what a proxy puts before every path, "" for nothing.
+    oauth2: how a browser gets an access token, None where /openapi.json does not say.
+    long_text_chars: texts longer than this are rendered and tokenised off the loop.
     resume_s, resume_streams, resume_bytes: how long, and how many, broken streams can be gone on with.
     tool_call_parser, reasoning_parser: the flags' values; "auto" is what the chat template shows.
     max_sequences: most choices of one request, over all its prompts.
@@ -68,6 +71,8 @@ class Options:
     rca_traces: int = 1000
     rca_trace_bytes: int = 16 * 2**20
     settings: Mapping[str, object] = field(default_factory=dict)
+    root_path: str = ""
+    oauth2: Flow | None = None
     keep_alive_s: float = 15.0
     request_timeout_s: float | None = None
     stall_timeout_s: float = 60.0
@@ -367,13 +372,16 @@ class App:
 
     def refused(self, error: ApiError) -> None:
         """Count a request that was not let in."""
-        self.metrics.refused(_REFUSED.get(error.status) or self.status.value)
+        reason = _REFUSED.get(error.status)
+        if reason is None:  # a server that is ready lets in all it can tell who they are
+            reason = "issuer" if self.status is Status.READY else self.status.value
+        self.metrics.refused(reason)
 
     async def off_loop(self, work: Callable[[], T]) -> T:
         """Run work in the pool for long texts."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
-    def caller(self, exchange: Exchange) -> Key | None:
+    def caller(self, exchange: Exchange) -> Caller | None:
         """Whose key came with this request; None when no keys are configured."""
         return self.keys.caller(credentials(exchange.request.headers))
 

@@ -569,5 +569,6 @@ SCHEMAS: Final[dict[str, Schema]] = {
     ),
     "OpenApi": record(
         {"openapi": STRING, "info": ANY_OBJECT, "paths": ANY_OBJECT, "components": ANY_OBJECT},
+        {"servers": many(ANY_OBJECT), "tags": many(ANY_OBJECT)},
     ),
 }
