@@ -101,6 +101,10 @@ class FakeModel:
         self._explode = explode
         self.steps: list[tuple[int, ...]] = []
 
+    @property
+    def vocab_size(self) -> int:
+        return VOCAB
+
     def new_cache(self, num_blocks: int, block_size: int) -> KvCache:
         """One layer, one head of width one: a token's key is its id, its value its place."""
         return KvCache((torch.full((num_blocks, block_size, 2, 1, 1), -1.0),), block_size, num_blocks)

@@ -128,7 +128,7 @@ class FakeEngine:
             timing = Timing(request.arrival_s, now, now, now)
             emits.append(Emit(request.id, finish=FinishReason.ERROR, timing=timing, error=error))
         else:
-            self._live[request.id] = _Live(request, self._script(request), now)
+            self._live[request.id] = _Live(request, self._script(request), now, count=len(request.continued))
         return True
 
     def _step(self, live: _Live) -> Emit:
@@ -138,6 +138,8 @@ class FakeEngine:
             return self._end(live, (), FinishReason.TIMEOUT, None, now)
         live.first_s = live.first_s or now
         ids: list[int] = []
+        if not request.max_tokens:
+            return self._end(live, (), FinishReason.LENGTH, None, now)
         for _ in range(self._tokens_per_step):
             token = script[live.count % len(script)]
             ids.append(token)
@@ -147,14 +149,24 @@ class FakeEngine:
             if live.count >= request.max_tokens:
                 return self._end(live, tuple(ids), FinishReason.LENGTH, None, now)
         self._generated += len(ids)
-        return Emit(request.id, tuple(ids), logprobs=_logprobs(request, ids), cached_tokens=_cached(request))
+        scores = _scores(request) if live.count == len(ids) else None
+        return Emit(
+            request.id,
+            tuple(ids),
+            logprobs=_logprobs(request, ids),
+            cached_tokens=_cached(request),
+            prompt_logprobs=scores,
+        )
 
     def _end(self, live: _Live, ids: tuple[int, ...], finish: FinishReason, stop_id: int | None, now: float) -> Emit:
         request = live.request
         del self._live[request.id]
         self._finished += 1
         timing = Timing(request.arrival_s, live.scheduled_s, live.first_s or now, now)
-        return Emit(request.id, ids, finish, stop_id, _logprobs(request, ids), _cached(request), timing)
+        scores = _scores(request) if live.count == len(ids) else None
+        return Emit(
+            request.id, ids, finish, stop_id, _logprobs(request, ids), _cached(request), timing, prompt_logprobs=scores
+        )
 
     def _stats(self) -> EngineStats:
         return EngineStats(
@@ -174,8 +186,15 @@ def _cached(request: GenRequest) -> int:
 
 def _logprobs(request: GenRequest, ids: Sequence[int]) -> tuple[TokenLogprobs, ...] | None:
     wanted = request.sampling.logprobs
-    if wanted is None:
-        return None
+    return None if wanted is None else _made_up(ids, wanted)
+
+
+def _scores(request: GenRequest) -> tuple[TokenLogprobs, ...] | None:
+    wanted = request.prompt_logprobs
+    return None if wanted is None else _made_up(request.prompt[1:], wanted)
+
+
+def _made_up(ids: Sequence[int], wanted: int) -> tuple[TokenLogprobs, ...]:
     return tuple(
         TokenLogprobs(-0.5, 1, tuple((token + i, -0.5 - i if i < 2 else float("-inf")) for i in range(wanted)))
         for token in ids

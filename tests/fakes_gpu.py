@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vserve.engine.cuda_runner import CudaPending, CudaRunner
-from vserve.engine.request import Emit, GenRequest
+from vserve.engine.request import Emit, GenRequest, RequestId, SamplingParams
 from vserve.engine.runner import Pending, Runner
 from vserve.engine.scheduler import Limits, Scheduler
 from vserve.engine.sequence import Plan
@@ -159,3 +160,52 @@ def cuda_runner(parts: Parts, *, use_graphs: bool = True) -> Callable[[Limits], 
         )
 
     return make
+
+
+class EveryOther:
+    """A constraint whose masks depend on the ids before: after an even id an odd one, and the other way round; stop
+    after `length` ids."""
+
+    def __init__(self, length: int, stop: int) -> None:
+        self._length = length
+        self._stop = stop
+        self._seen = 0
+
+    def mask(self, generated: Sequence[int]) -> bytes:
+        assert self._seen <= len(generated) <= self._seen + 1, "an id was skipped or seen twice"
+        self._seen = len(generated)
+        last = generated[-1] if generated else 0
+        allowed = [self._stop] if len(generated) >= self._length else range((last + 1) % 2, VOCAB, 2)
+        flags = np.zeros(VOCAB, np.bool_)
+        flags[list(allowed)] = True
+        return np.packbits(flags, bitorder="little").tobytes()
+
+
+def masked_requests(count: int) -> list[GenRequest]:
+    """Requests of every kind of mask among free ones, all greedy, and some whose prompts are scored; made anew for
+    each run and request, as a constraint keeps its place."""
+    made = []
+    for name in range(count):
+        kinds: list[dict[str, object]] = [
+            {"constraint": EveryOther(5, 4)},
+            {},
+            {"allowed_ids": tuple(range(10, 60, 7))},
+            {"bad_words": ((3,), (8,), *((one, other) for one in range(0, VOCAB, 2) for other in range(0, VOCAB, 5)))},
+            {"prompt_logprobs": 3},
+            {"constraint": EveryOther(20, 4), "prompt_logprobs": 0},
+        ]
+        kind = kinds[name % len(kinds)]
+        sampling = {key: kind.pop(key) for key in ("allowed_ids", "bad_words") if key in kind}
+        prompt = [name % 3 + 1, 2, 3, *range(name * 2 % 11)]
+        params = SamplingParams(temperature=0.0, logprobs=1, **sampling)  # type: ignore[arg-type]
+        made.append(GenRequest(RequestId(name), prompt, 7, params, stop_ids=frozenset({4}), **kind))  # type: ignore[arg-type]
+    return made
+
+
+def scores_of(engine: Engine) -> dict[int, list[tuple[float, int, list[int]]]]:
+    """What each request was told of its prompt: log-probability, rank and the likely ids at each place."""
+    return {
+        emit.id: [(entry.logprob, entry.rank, [id for id, _ in entry.top]) for entry in emit.prompt_logprobs]
+        for emit in engine.emits
+        if emit.prompt_logprobs is not None
+    }

@@ -36,6 +36,7 @@ def test_every_status_has_one_class_and_one_type() -> None:
 
 
 @pytest.mark.parametrize("value", ["a" * 10**7, b"\x00" * 10**6, list(range(10**6)), 10**150, "\n\x1b[31m", None])
+@pytest.mark.promise("input: long echoes", "input: control characters")
 def test_a_repeated_value_is_short_and_printable(value: object) -> None:
     text = shorten(value)
     assert len(text) <= errors.ECHO_LIMIT

@@ -22,7 +22,7 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "settings": (frozenset({"config", "errors", "familiar"}), frozenset()),
     "client": (frozenset({"errors"}), frozenset()),
     "http": (frozenset({"errors"}), frozenset()),
-    "text": (frozenset({"errors"}), frozenset({"tokenizers", "jinja2", "markupsafe"})),
+    "text": (frozenset({"errors"}), frozenset({"tokenizers", "jinja2", "markupsafe", "llguidance"})),
     "kernels": (frozenset(), frozenset({"torch", "triton"})),
     "model": (frozenset({"kernels", "errors"}), frozenset({"torch", "safetensors", "numpy", "huggingface_hub"})),
     "engine.policy": (frozenset({"errors"}), frozenset()),
@@ -31,10 +31,11 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
         frozenset({"torch", "numpy"}),
     ),
     "observe": (frozenset({"errors"}), frozenset({"prometheus_client"})),
+    "scale": (frozenset({"errors"}), frozenset()),
     "bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
     "encoder_bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
     "api": (
-        frozenset({"http", "text", "bridge", "encoder_bridge", "engine.policy", "errors", "observe", ""}),
+        frozenset({"http", "text", "bridge", "encoder_bridge", "engine.policy", "errors", "observe", "scale", ""}),
         frozenset({"orjson"}),
     ),
 }

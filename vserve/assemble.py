@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +21,7 @@ from vserve.engine.loop import EngineLoop, StepRunner
 from vserve.engine.request import Emit, EngineStats, GenRequest, RequestId, SamplingParams
 from vserve.engine.runner import Runner
 from vserve.engine.scheduler import Limits, Scheduler
+from vserve.engine.shapes import MIXED_SIZES
 from vserve.errors import EngineDied, StartupError
 from vserve.model.decoder import Decoder
 from vserve.model.loader import load
@@ -30,8 +31,9 @@ from vserve.model.threads import Sharing
 from vserve.observe.heartbeat import Heartbeat
 from vserve.observe.progress import Reporter
 from vserve.text import gguf_vocab
+from vserve.text.grammar import Grammars, why_none
 from vserve.text.template import ChatTemplate, find_templates
-from vserve.text.tokenizer import Tokenizer, has_tokenizer
+from vserve.text.tokenizer import Tokenizer, eos_ids_in, has_tokenizer
 
 if TYPE_CHECKING:  # its kernels need Triton, which torch for CPUs comes without
     from vserve.engine.cuda_runner import CudaRunner
@@ -66,6 +68,7 @@ class Engine:
     heartbeat: Heartbeat
     plan: CachePlan
     device: torch.device
+    grammars: Grammars | None
 
     @property
     def gpu_uuid(self) -> str | None:
@@ -96,9 +99,11 @@ def assemble(
         need_weights=config.load_format != "dummy",
         progress=lambda done, total: reporter.update(done, total),
     )
+    source = replace(source, config=source.config.limited(config.max_model_len))
     dtype = _dtype(config, source, device)
-    with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as beside:
+    with ThreadPoolExecutor(2, thread_name_prefix="beside") as beside:
         words = beside.submit(_words, config, source)
+        compiler = beside.submit(_prepare_compiler, device)
         reporter.begin("loading weights")
         with _explained(device, "loading weights"):
             decoder = load(
@@ -107,9 +112,11 @@ def assemble(
                 dtype=dtype,
                 load_format=config.load_format,
                 seed=config.seed,
+                allow_nan=config.allow_nan_weights,
                 progress=reporter.update,
             )
-        tokenizer, template = words.result()
+        tokenizer, template, grammars = words.result()
+        compiler.result()
     tokenizer.check_fits(source.config.vocab_size)
     reporter.begin("making the KV cache")
     sizes = SIZES[device.type]
@@ -122,15 +129,16 @@ def assemble(
         block_size=config.block_size,
         max_model_len=config.max_model_len,
     )
-    runner, chunk = _runner(decoder, plan, rows, tokens, reporter)
+    runner, chunk = _runner(config, decoder, plan, rows, tokens, reporter)
     limits = Limits(
         num_blocks=plan.num_blocks,
         block_size=plan.block_size,
         max_num_seqs=rows,
         max_num_batched_tokens=tokens,
         max_model_len=plan.max_model_len,
-        max_prefill_chunk=config.max_prefill_chunk or chunk,
+        max_prefill_chunk=chunk,
         prefill_target=None if device.type == "cpu" else PREFILL_TARGET,
+        mixed_sizes=() if device.type == "cpu" else MIXED_SIZES,
         prefix_caching=config.enable_prefix_caching,
         vocab_size=source.config.vocab_size,
     )
@@ -144,7 +152,14 @@ def assemble(
     idle = None if isinstance(runner, Runner) else runner.idle
     depth = 1 if device.type == "cpu" else 2
     loop = EngineLoop(inbox, Scheduler(limits), runner, publish, died, heartbeat, depth=depth, idle=idle, owns_gc=True)
-    return Engine(source, tokenizer, template, loop, heartbeat, plan, device)
+    return Engine(source, tokenizer, template, loop, heartbeat, plan, device, grammars)
+
+
+def _prepare_compiler(device: torch.device) -> None:
+    if device.type != "cpu":
+        from vserve.kernels import ahead
+
+        ahead.prepare()
 
 
 def _explained(device: torch.device, what: str) -> AbstractContextManager[None]:
@@ -157,18 +172,22 @@ def _explained(device: torch.device, what: str) -> AbstractContextManager[None]:
 
 
 def _runner(
-    decoder: Decoder, plan: CachePlan, rows: int, tokens: int, reporter: Reporter
+    config: Config, decoder: Decoder, plan: CachePlan, rows: int, tokens: int, reporter: Reporter
 ) -> tuple[Runner | CudaRunner, int]:
     """The runner for the decoder's device, and the prompt tokens that a step of it should take beside decodes."""
     if decoder.device.type == "cpu":
         cache = decoder.new_cache(plan.num_blocks, plan.block_size)
-        return Runner(decoder, cache, max_num_seqs=rows, max_model_len=plan.max_model_len), CPU_CHUNK
+        runner = Runner(decoder, cache, max_num_seqs=rows, max_model_len=plan.max_model_len)
+        return runner, config.max_prefill_chunk or CPU_CHUNK
     from vserve import assemble_cuda
     from vserve.model.gpu_decoder import GpuDecoder
 
     assert isinstance(decoder, GpuDecoder)
-    runner = assemble_cuda.make_runner(decoder, plan, max_num_seqs=rows, max_tokens=tokens, reporter=reporter)
-    return runner, assemble_cuda.prefill_chunk(runner)
+    cuda = assemble_cuda.make_runner(decoder, plan, max_num_seqs=rows, max_tokens=tokens, reporter=reporter)
+    chunk = config.max_prefill_chunk or assemble_cuda.prefill_chunk(cuda)
+    cuda.leave_out(chunk)
+    assemble_cuda.capture_more(cuda)
+    return cuda, chunk
 
 
 def warm_up(runner: StepRunner, limits: Limits) -> None:
@@ -224,22 +243,36 @@ def _budget(
     return budget
 
 
-def _words(config: Config, source: ModelSource) -> tuple[Tokenizer, ChatTemplate | None]:
-    """The tokenizer and the chat template of the model."""
+def _words(config: Config, source: ModelSource) -> tuple[Tokenizer, ChatTemplate | None, Grammars | None]:
+    """The tokenizer and the chat template of the model, and what compiles grammars, where there can be one.
+
+    That index of the vocabulary holds the GIL for a tenth of a second: better now than beside the first streams.
+    """
+    tokenizer, template = _tokens_and_template(config, source)
+    vocab_size = source.config.vocab_size
+    eos_ids = tokenizer.eos_ids | eos_ids_in(source.generation_config, vocab_size)
+    usable = tokenizer.vocab_size <= vocab_size and why_none(tokenizer, eos_ids) is None
+    return tokenizer, template, Grammars(tokenizer, eos_ids, vocab_size) if usable else None
+
+
+def _tokens_and_template(config: Config, source: ModelSource) -> tuple[Tokenizer, ChatTemplate | None]:
     if config.load_format == "dummy" and source.kind is SourceKind.FOLDER and not has_tokenizer(source.path):
         return Tokenizer.of_bytes(source.config.vocab_size), None
     if source.kind is SourceKind.GGUF:
         assert source.gguf_metadata is not None
         tokenizer = gguf_vocab.build(source.gguf_metadata)
-        text = source.chat_template
+        texts = {} if source.chat_template is None else {"default": source.chat_template}
     else:
         tokenizer = Tokenizer.from_folder(source.path, generation_config=source.generation_config)
-        text = find_templates(source.path).get("default")
-    if text is None:
-        return tokenizer, None
-    return tokenizer, ChatTemplate(
-        text,
-        bos_token=tokenizer.bos_token,
-        eos_token=tokenizer.eos_token,
-        special_tokens=tokenizer.special_tokens,
-    )
+        texts = find_templates(source.path)
+    made: ChatTemplate | None = None
+    for name in ("tool_use", "default"):  # the one for chats has the other beside it
+        if name in texts:
+            made = ChatTemplate(
+                texts[name],
+                bos_token=tokenizer.bos_token,
+                eos_token=tokenizer.eos_token,
+                special_tokens=tokenizer.special_tokens,
+                for_tools=made,
+            )
+    return tokenizer, made

@@ -110,11 +110,17 @@ class _Service:
                 version=__version__,
                 api_keys=config.api_key,
                 strict=config.strict,
+                docs=not config.disable_docs,
                 keep_alive_s=config.sse_ping_s,
                 request_timeout_s=config.request_timeout_s,
                 stall_timeout_s=config.stall_timeout_s,
                 max_queue=config.max_queue,
                 max_queued_tokens=config.max_queued_tokens,
+                resume_s=config.resume_timeout_s,
+                resume_streams=config.resume_streams,
+                resume_bytes=config.resume_bytes,
+                tool_call_parser=config.tool_call_parser,
+                reasoning_parser=config.reasoning_parser,
             )
         )
         edge = Edge(config, self._app.keys)
@@ -220,6 +226,7 @@ class _Service:
             max_model_len=engine.plan.max_model_len,
             vocab_size=source.config.vocab_size,
             generation_config=source.generation_config,
+            grammars=engine.grammars,
             heartbeat=engine.heartbeat,
         )
 

@@ -41,6 +41,7 @@ def test_another_media_type_is_415(kind: str) -> None:
         (b"{'a': 1}", "not valid JSON"),
     ],
 )
+@pytest.mark.promise("input: huge anything")
 def test_what_is_not_one_json_object_is_refused(data: bytes, said: str) -> None:
     with pytest.raises(BadRequest) as caught:
         read(data, None)
@@ -52,6 +53,7 @@ def test_what_is_not_one_json_object_is_refused(data: bytes, said: str) -> None:
 @pytest.mark.parametrize(
     ("depth", "good"), [(DEPTH_LIMIT - 1, True), (DEPTH_LIMIT, False), (1000, False), (100_000, False)]
 )
+@pytest.mark.promise("input: huge anything")
 def test_nesting_is_bounded(left: bytes, right: bytes, depth: int, good: bool) -> None:
     data = b'{"a":' + left * depth + b"1" + right * depth + b"}"
     if good:

@@ -9,10 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fakes_api import EOS_ID, LETTERS
-from vserve.api.choice import Choice, Reading
+from vserve.api.choice import Choice, Reading, Splitting
 from vserve.api.shapes import Piece
 from vserve.engine.request import Emit, FinishReason, GenRequest, RequestId, Timing, TokenLogprobs
 from vserve.errors import ApiError, DeadlineExceeded, EngineDied, InternalError, Unavailable
+from vserve.text.answer import AnswerSplitter
+from vserve.text.parts import CallArguments, CallBegin, Content, Reasoning, merged
+from vserve.text.reasoning import ReasoningSplitter, Start
+from vserve.text.tools import HERMES
+from vserve.text.tools_splitter import CallSplitter
 
 ID = RequestId(1)
 TIMING = Timing(0.0, 1.0, 2.0, 3.0)
@@ -51,7 +56,7 @@ def reading(**changes: Any) -> Reading:
     base: dict[str, Any] = {
         "tokenizer": LETTERS, "skip_special": True, "continuation": True, "stops": (), "include_stop": False,
         "min_tokens": 0, "eos_ids": frozenset({EOS_ID}), "keep_ids": False, "keep_logprobs": False,
-        "count_chunks": False,
+        "scored": False, "count_chunks": False,
     }  # fmt: skip
     return Reading(**{**base, **changes})
 
@@ -60,6 +65,17 @@ def choose(how: Reading) -> tuple[Choice, Ear]:
     choice, ear = Choice(0, True, [1], GenRequest(ID, [1], 100), how, ""), Ear()
     choice.attach(ear)
     return choice, ear
+
+
+def thinks_and_calls(one_call: bool = False) -> Splitting:
+    """Reasoning first, then content and calls of f."""
+    return Splitting(
+        make=lambda: AnswerSplitter(
+            ReasoningSplitter(Start.INSIDE), CallSplitter(HERMES, ["f"], hold=False, new_id=lambda: "id")
+        ),
+        one_call=one_call,
+        reasons=True,
+    )
 
 
 def ids(text: str) -> tuple[int, ...]:
@@ -177,3 +193,49 @@ def test_the_text_is_the_same_however_the_tokens_arrive(
         assert text.startswith(got)
         assert not any(stop in got for stop in stops)
         assert choice.finish is FinishReason.STOP
+
+
+CALLS = 'Hm.</think>Well: <tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>\n'
+SECOND = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+
+
+@pytest.mark.parametrize("lump", [1, 2, 7, 500])
+@pytest.mark.parametrize("extras", [{}, {"stops": ("zzz",)}, {"keep_ids": True}])
+def test_an_answer_is_split_and_its_reasoning_counted_however_the_tokens_arrive(
+    lump: int, extras: dict[str, Any]
+) -> None:
+    choice, ear = choose(reading(splitting=thinks_and_calls(), **extras))
+    said = ids(CALLS + SECOND)
+    for start in range(0, len(said), lump):
+        choice.push(Emit(ID, said[start : start + lump]))
+    choice.push(Emit(ID, (EOS_ID,), FinishReason.STOP, EOS_ID))
+    assert choice.reasoning_tokens == len("Hm.</think")
+    assert choice.num_calls == 2
+    assert "".join(ear.texts) == "Well:"
+    parts = merged([part for piece in ear.pieces for part in piece.parts or ()])
+    want = (
+        Reasoning("Hm."), Content("Well:"), CallBegin(0, "id", "f"), CallArguments(0, '{"a": 1}'),
+        CallBegin(1, "id", "f"), CallArguments(1, "{}"),
+    )  # fmt: skip
+    # Content by itself takes the quick way and is in no piece.
+    assert [part for part in parts if not isinstance(part, Content)] == [
+        part for part in want if not isinstance(part, Content)
+    ]
+
+
+@pytest.mark.parametrize("lump", [1, 5, 500])
+def test_an_answer_that_may_have_one_call_ends_with_it(lump: int) -> None:
+    choice, ear = choose(reading(splitting=thinks_and_calls(one_call=True)))
+    said = ids(CALLS + SECOND)
+    for start in range(0, len(said), lump):
+        choice.push(Emit(ID, said[start : start + lump]))
+    assert (choice.finish, choice.stop_reason, choice.num_calls) == (FinishReason.STOP, None, 1)
+    assert (ear.cancelled, ear.ended) == (1, 1)
+    assert choice.num_tokens == CALLS.index("}") + 1
+
+
+def test_what_is_kept_for_a_slow_reader_keeps_its_order_among_the_parts() -> None:
+    choice, _ = choose(reading(splitting=thinks_and_calls()))
+    choice.keep("a")
+    choice.keep("b")
+    assert choice.take().parts == (Content("ab"),)

@@ -86,7 +86,7 @@ def test_openai_raises_its_own_errors(stand: Stand, client: openai.OpenAI) -> No
         client.chat.completions.create(model="gpt-9", messages=HI)
     with pytest.raises(openai.BadRequestError, match="tools"):
         client.chat.completions.create(
-            model=NAME, messages=HI, tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}]
+            model=NAME, messages=HI, tools=[{"type": "function", "function": {"name": "not a name", "parameters": {}}}]
         )
     with standing(api_keys=("right",)) as guarded:
         wrong = openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="wrong", max_retries=0)

@@ -148,7 +148,6 @@ def test_token_ids_are_returned_per_choice(stand: Stand) -> None:
         ({"prompt": "x", "max_tokens": 512}, ["512", "511"]),
         ({"prompt": ["x"] * 1024, "n": 2}, ["1024 prompts", "n=2", "2048"]),
         ({"prompt": [259]}, ["258", "259"]),
-        ({"prompt": "x", "echo": True, "logprobs": 1}, ["echo", "logprobs"]),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_numbers(stand: Stand, fields: dict[str, Any], said: list[str]) -> None:
@@ -196,3 +195,35 @@ def test_long_texts_are_tokenised_and_decoded_all_the_same() -> None:
         assert reply.json()["text"] == "hello there"
         assert reply.headers["x-ignored-params"] == "nonsense"
         assert ask(stand, prompt=["hello", "there"], max_tokens=1)["usage"]["prompt_tokens"] == 10
+
+
+def test_without_a_grammar_library_a_constraint_is_a_400_and_text_is_not(stand: Stand) -> None:
+    reply = stand.post(PATH, {"prompt": "x", "structured_outputs": {"regex": "a"}})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == "structured_outputs.regex"
+    assert "structured output" in reply.json()["error"]["message"]
+    assert stand.post(PATH, {"prompt": "x", "response_format": {"type": "text"}}).status_code == 200
+
+
+def test_what_keeps_tokens_out_reaches_the_engine(stand: Stand) -> None:
+    ask(stand, prompt="x", allowed_token_ids=[7, 5, 7], bad_words=["ab", " c"])
+    params = stand.engine.requests[-1].sampling
+    assert params.allowed_ids == (5, 7)
+    spelled = ["ab", " ab", "c", " c"]
+    assert params.bad_words == tuple(tuple(LETTERS.encode(word, add_special=False)) for word in spelled)
+
+
+def test_a_scored_prompt_is_cut_and_echoed_as_it_was_read(stand: Stand) -> None:
+    body = ask(stand, prompt="abcdef", echo=True, logprobs=0, max_tokens=0, truncate_prompt_tokens=3)
+    (choice,) = body["choices"]
+    assert choice["text"] == "def"
+    assert choice["logprobs"]["tokens"] == ["d", "e", "f"]
+    assert choice["logprobs"]["token_logprobs"] == [None, -0.5, -0.5]
+    assert choice["finish_reason"] == "length"
+    assert body["usage"]["completion_tokens"] == 0
+
+
+def test_minus_infinity_prints_as_a_number(stand: Stand) -> None:
+    choice = ask(stand, prompt="abc", max_tokens=1, logprobs=4, prompt_logprobs=4)["choices"][0]
+    assert -9999.0 in choice["logprobs"]["top_logprobs"][0].values()
+    assert -9999.0 in [one["logprob"] for one in choice["prompt_logprobs"][1].values()]

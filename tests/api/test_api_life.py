@@ -55,6 +55,7 @@ def whole_stream(peer: socket.socket) -> str:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.promise("R2")
 def test_a_client_that_vanishes_has_all_its_choices_cancelled(stream: bool, reset: bool, begun: bool) -> None:
     with standing(engine={"step_s": 0.01}) as stand:
         if not begun:
@@ -135,6 +136,7 @@ def test_a_silent_stream_gets_comments_and_then_its_text() -> None:
     ("field", "header"),
     [({"timeout_ms": 60}, {}), ({}, {"x_request_timeout": "60ms"}), ({}, {"x_request_timeout": "0.06"})],
 )
+@pytest.mark.promise("R4")
 def test_a_deadline_in_the_queue_is_504_and_frees_the_engine(
     stream: bool, field: dict[str, int], header: dict[str, str]
 ) -> None:
@@ -148,6 +150,7 @@ def test_a_deadline_in_the_queue_is_504_and_frees_the_engine(
         assert stand.engine.cancels.get(timeout=10).reason is FinishReason.TIMEOUT
 
 
+@pytest.mark.promise("R4")
 def test_a_deadline_in_a_stream_is_an_error_event() -> None:
     with standing(engine={"step_s": 0.01}) as stand:
         events = stand.events(COMPLETE, {**ENDLESS, "timeout_ms": 150})
@@ -172,6 +175,7 @@ def test_a_timeout_header_that_is_no_duration_is_400(value: str) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.promise("R7")
 def test_an_error_of_the_engine_is_500_with_the_request_id_and_harms_no_other(stream: bool) -> None:
     def fail(request: GenRequest) -> str | None:
         return "a NaN at /secret" if request.prompt[0] == 1 else None
@@ -226,9 +230,14 @@ def test_an_abort_ends_open_replies_with_its_error() -> None:
 def test_a_queue_that_fills_up_half_way_through_a_request_queues_none_of_it() -> None:
     with standing(max_queue=4) as stand:
         stand.engine.running.clear()
-        reply = stand.post(COMPLETE, {"prompt": "x", "n": 100})
+        first = raw_post(stand.port, COMPLETE, {"prompt": "x", "n": 2})
+        while stand.call(lambda: stand.bridge.live) < 2:
+            pass
+        reply = stand.post(COMPLETE, {"prompt": "x", "n": 3})
         assert reply.status_code == 429
         assert int(reply.headers["retry-after"]) >= 1
+        assert stand.call(lambda: stand.bridge.live) == 2
+        first.close()
         settled(stand)
         stand.engine.running.set()
 

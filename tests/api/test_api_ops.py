@@ -93,6 +93,7 @@ def test_a_body_that_is_not_json_is_415_and_a_broken_one_400(stand: Stand) -> No
     assert requests.post(url, data=b'{"prompt": "x"}', timeout=10).status_code == 200
 
 
+@pytest.mark.promise("R5")
 def test_while_starting_probes_tell_the_phase_and_inference_is_503() -> None:
     with standing(ready=False) as stand:
         assert get(stand, "/health").json()["phase"] == "starting"
@@ -114,6 +115,7 @@ def test_while_starting_probes_tell_the_phase_and_inference_is_503() -> None:
             assert reply.headers["connection"] == "close"
 
 
+@pytest.mark.promise("R6")
 def test_while_draining_newcomers_are_503_and_what_runs_goes_on() -> None:
     with standing(says("abc")) as stand:
         stand.engine.running.clear()
@@ -151,6 +153,7 @@ def read_reply(peer: Any) -> bytes:
     return data
 
 
+@pytest.mark.promise("R3", "fault: full inbox")
 def test_a_full_queue_is_429_before_the_body_is_read() -> None:
     with standing(max_queue=2) as stand:
         stand.engine.running.clear()

@@ -67,7 +67,17 @@ class Stage:
         self.bridge = Bridge(asyncio.get_running_loop(), self.inbox)
         wanted = parse_completion({"prompt": "x", "stream": True, "n": n, **fields}, 300).wanted
         reading = Reading(
-            LETTERS, True, True, wanted.stop, False, 0, frozenset({EOS_ID}), False, wanted.logprobs is not None, False
+            LETTERS,
+            True,
+            True,
+            wanted.stop,
+            False,
+            0,
+            frozenset({EOS_ID}),
+            False,
+            wanted.logprobs is not None,
+            False,
+            False,
         )
         prompt = [1]
         self.choices = [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import random
+import resource
+import select
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +49,7 @@ def release(stack: Stack, hang: Hang) -> None:
     [({"max_queue": 3}, 3), ({"max_queued_tokens": 90}, 3)],
     ids=["requests", "prompt tokens"],
 )
+@pytest.mark.promise("R3", "fault: full inbox")
 def test_overload_is_refused_before_the_body_is_read_and_probes_still_answer(
     bounds: dict[str, Any], waiting: int
 ) -> None:
@@ -73,6 +76,7 @@ def test_overload_is_refused_before_the_body_is_read_and_probes_still_answer(
         stack.right()
 
 
+@pytest.mark.promise("R3", "fault: full inbox")
 def test_a_prompt_beyond_the_bound_on_queued_tokens_is_refused_while_others_wait_and_served_when_none_does() -> None:
     long = [5] * 100
     with running(rows=1, max_queued_tokens=50) as stack:
@@ -91,6 +95,7 @@ def test_a_prompt_beyond_the_bound_on_queued_tokens_is_refused_while_others_wait
         assert stack.ask({**ENDLESS, "prompt": long, "max_tokens": 5}).text == says(long, 5)
 
 
+@pytest.mark.promise("R3")
 def test_ping_is_answered_at_once_and_whoever_is_let_in_gets_his_text_under_many_times_the_load() -> None:
     with running(rows=2, max_queue=4) as stack, ThreadPoolExecutor(20) as pool:
         futures = [pool.submit(stack.ask, {**ENDLESS, "max_tokens": 50}) for _ in range(200)]
@@ -133,6 +138,7 @@ def vanish(stack: Stack, rng: random.Random) -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.promise("R1", "R2", "fault: disconnect anywhere")
 def test_clients_that_vanish_at_any_byte_free_all_they_held_and_every_other_gets_its_answer(depth: int) -> None:
     with running(num_blocks=64, rows=6, depth=depth, max_queue=50) as stack, ThreadPoolExecutor(8) as pool:
 
@@ -153,6 +159,7 @@ def test_clients_that_vanish_at_any_byte_free_all_they_held_and_every_other_gets
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("by", ["FIN", "RST"])
+@pytest.mark.promise("R2")
 def test_a_client_that_vanishes_while_queued_is_freed_before_its_turn(stream: bool, by: str) -> None:
     with running(rows=1, max_queue=8) as stack:
         hang = hold(stack)
@@ -177,6 +184,7 @@ def test_a_client_that_vanishes_while_queued_is_freed_before_its_turn(stream: bo
 SMALL = Limits(write_high_bytes=4096, write_low_bytes=1024, write_stall_s=0.2, header_s=0.2, body_idle_s=0.2)
 
 
+@pytest.mark.promise("R9")
 def test_a_reader_that_stops_is_dropped_and_costs_the_others_nothing() -> None:
     wide = {**ENDLESS, "n": 16, "stream": True, "logprobs": 5}
     with running(limits=SMALL, send_buffer=4096, num_blocks=1024, rows=40) as stack:
@@ -190,6 +198,7 @@ def test_a_reader_that_stops_is_dropped_and_costs_the_others_nothing() -> None:
         stack.right()
 
 
+@pytest.mark.promise("R9", "fault: slow readers")
 def test_a_slow_reader_gets_every_token_once() -> None:
     limits = replace(SMALL, write_stall_s=60.0)
     with running(limits=limits, send_buffer=4096, num_blocks=1024, rows=16) as stack:
@@ -202,6 +211,7 @@ def test_a_slow_reader_gets_every_token_once() -> None:
         assert said == [says([1, 2], 200)] * 8
 
 
+@pytest.mark.promise("R9", "fault: half-open sockets")
 def test_half_open_connections_are_ended_by_their_timeouts_and_hold_nothing() -> None:
     message = post(ENDLESS)
     with running(limits=replace(SMALL, keep_alive_s=0.2)) as stack:
@@ -221,16 +231,93 @@ def test_half_open_connections_are_ended_by_their_timeouts_and_hold_nothing() ->
         stack.right()
 
 
-def test_500_idle_connections_leave_room_for_probes_and_work() -> None:
-    with running() as stack:
-        peers = [stack.connect() for _ in range(500)]
-        stack.until(lambda: stack.server.connections == 500)
-        stack.right()
+@pytest.mark.promise("R9", "fault: idle connections")
+def test_2000_idle_connections_leave_room_for_probes_and_work() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # both ends are in this process
+    try:
+        with running() as stack:
+            peers = []
+            for count in range(1, 2001):
+                peers.append(stack.connect())
+                if count % 50 == 0:  # no more at once than the listen queue takes
+                    stack.until(lambda count=count: stack.server.connections == count)  # type: ignore[misc]
+            stack.right()
+            assert stack.get("/ping").status == 200
+            for peer in peers:
+                peer.close()
+            stack.settled()
+            stack.right()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.promise("R9", "fault: slow writers")
+def test_headers_that_drip_are_ended_with_408_although_bytes_keep_coming() -> None:
+    message = b"GET /ping HTTP/1.1\r\nHost: x\r\nX-Drip: " + b"a" * 60_000
+    with running(limits=replace(SMALL, header_s=0.5)) as stack:
+        peers = [stack.connect() for _ in range(20)]
+        ended: set[socket.socket] = set()
+        for place in range(len(message)):
+            for peer in peers:
+                if peer not in ended and select.select([peer], [], [], 0)[0]:
+                    ended.add(peer)
+                    assert peer.recv(12) == b"HTTP/1.1 408"
+                elif peer not in ended:
+                    peer.sendall(message[place : place + 1])
+            if len(ended) == len(peers):
+                break
+            if place % 50 == 0:
+                assert stack.get("/ping").status == 200  # nobody else waits for them
+        assert len(ended) == len(peers)
         for peer in peers:
             peer.close()
         stack.settled()
+        stack.right()
 
 
+@pytest.mark.promise("R9", "fault: slow readers")
+def test_readers_of_one_byte_at_a_time_hold_up_nobody_and_get_every_byte() -> None:
+    limits = replace(SMALL, write_stall_s=60.0)
+    body = {**ENDLESS, "n": 4, "stream": True, "max_tokens": 60}
+    with running(limits=limits, send_buffer=4096, num_blocks=1024, rows=40) as stack:
+        slow = [stack.send(body, receive_buffer=4096) for _ in range(4)]
+        got = [b""] * len(slow)
+        for number in range(200):  # one byte of each between two answers to others
+            got = [data + peer.recv(1) for data, peer in zip(got, slow, strict=True)]
+            if number % 20 == 0:
+                assert stack.ask({**ENDLESS, "max_tokens": 10}).text == says([1, 2], 10)
+        stack.until(lambda: stack.bridge.live == 0)  # all is computed; nothing waits for the readers
+        for data, peer in zip(got, slow, strict=True):
+            reply = answer(peer, data)
+            said = [""] * 4
+            for event in reply.events:
+                said[event["choices"][0]["index"]] += event["choices"][0]["text"]
+            assert said == [says([1, 2], 60)] * 4
+            assert reply.done
+        stack.settled()
+        stack.right()
+
+
+@pytest.mark.parametrize("by", ["FIN", "RST"])
+@pytest.mark.promise("R2", "fault: RST between chunks")
+def test_a_client_that_goes_between_two_chunks_frees_all_it_held(by: str) -> None:
+    with running(rows=4) as stack:
+        for chunks in range(1, 12):
+            peer = stack.send({**ENDLESS, "stream": True})
+            data = b""
+            while data.count(b"\n\n\r\n") < chunks:  # up to the end of a chunk and not a byte more
+                data += peer.recv(1)
+            if by == "RST":
+                reset(peer)
+            else:
+                peer.close()
+            stack.settled()
+        stack.until(lambda: stack.bridge.stats.aborted_total > 0)
+        stack.right()
+
+
+@pytest.mark.promise("R3")
 def test_beyond_the_limit_of_connections_probes_are_answered_and_others_are_told() -> None:
     with running(limits=Limits(connections=5)) as stack:
         peers = [stack.connect() for _ in range(5)]

@@ -6,6 +6,7 @@ import json
 import signal
 from pathlib import Path
 
+import pytest
 import requests
 
 from tests.certificates import certificate
@@ -15,6 +16,7 @@ from tests.e2e.test_life import run
 PAGE = "https://app.example"
 
 
+@pytest.mark.promise("R12", "fault: garbage on reload")
 def test_a_guarded_tls_server_reloads_on_sighup_and_logs_nothing_secret(tmp_path: Path) -> None:
     cert, key = certificate(tmp_path, "one")
     trusted = str(tmp_path / "trusted.pem")

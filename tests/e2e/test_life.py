@@ -55,6 +55,7 @@ def hang_up(server: Server, rng: random.Random) -> None:
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
 
 
+@pytest.mark.promise("R2", "fault: disconnect anywhere")
 def test_200_disconnects_leave_no_page_held_and_the_next_answer_right(server: Server) -> None:
     before = ask(server, "The three primary colours are", 16)
     rng = random.Random(7)
@@ -81,6 +82,7 @@ def test_the_welcome_names_address_model_time_and_a_line_to_try(server: Server) 
     assert "curl" in text
 
 
+@pytest.mark.promise("R6")
 def test_sigterm_lets_a_stream_finish_and_exits_0() -> None:
     with serving("--served-model-name", "alias", "--max-model-len", "512") as server:
         assert requests.get(f"{server.url}/v1/models", timeout=10).json()["data"][0]["id"] == "alias"
@@ -95,6 +97,7 @@ def test_sigterm_lets_a_stream_finish_and_exits_0() -> None:
         assert server.process.wait(30) == 0
 
 
+@pytest.mark.promise("R6")
 def test_a_second_signal_stops_at_once() -> None:
     with serving("--drain-timeout", "600") as server:
         body = {"prompt": "Once upon a time", "max_tokens": 8000, "stream": True, "ignore_eos": True}
@@ -120,6 +123,7 @@ def begin(server: Server, tokens: int) -> tuple[requests.Response, Iterator[byte
     return reply, lines
 
 
+@pytest.mark.promise("R6")
 def test_while_draining_newcomers_are_told_to_go_elsewhere_and_a_stream_still_finishes() -> None:
     with serving("--max-model-len", "1024") as server:
         reply, lines = begin(server, 600)
@@ -146,6 +150,7 @@ def test_while_draining_newcomers_are_told_to_go_elsewhere_and_a_stream_still_fi
         assert server.process.wait(30) == 0
 
 
+@pytest.mark.promise("R6")
 def test_what_outlives_the_drain_timeout_ends_with_an_error_event_and_the_exit_code_is_0() -> None:
     with serving("--drain-timeout", "0.3") as server:
         reply, lines = begin(server, 8000)
@@ -179,6 +184,7 @@ def test_a_signal_while_the_model_loads_exits_0() -> None:
         assert "Fatal" not in rest
 
 
+@pytest.mark.promise("R1", "R5")
 def test_with_exit_on_stall_a_hang_answers_every_request_dumps_all_stacks_and_exits_3(tmp_path: Path) -> None:
     with (tmp_path / "stderr").open("w+") as stderr:
         flags = ("--stall-timeout", "1", "--exit-on-stall", "--max-model-len", "512")
@@ -223,6 +229,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=120)
 
 
+@pytest.mark.promise("fault: port in use", "fault: hostile model files")
 def test_bad_starts_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
     empty, folder, text = tmp_path / "empty.gguf", tmp_path / "folder", tmp_path / "model.gguf"
     empty.write_bytes(b"")
@@ -259,6 +266,7 @@ def test_help_and_version_exit_0(arguments: list[str]) -> None:
     assert done.stdout
 
 
+@pytest.mark.promise("R14")
 def test_a_killed_server_is_back_on_its_port_at_once() -> None:
     with serving() as first:
         before = ask(first, "The three primary colours are", 8)
@@ -272,6 +280,7 @@ def test_a_killed_server_is_back_on_its_port_at_once() -> None:
             assert ask(second, "The three primary colours are", 8) == before
 
 
+@pytest.mark.promise("R9", "fault: no descriptors")
 def test_at_the_limit_of_descriptors_accepting_recovers_when_there_are_some_again(server: Server) -> None:
     process = server.process.pid
     used = len(list(Path(f"/proc/{process}/fd").iterdir()))

@@ -83,6 +83,7 @@ def test_a_full_inbox_refuses_requests_with_a_retry_time_and_still_takes_cancels
     inbox.close()
 
 
+@pytest.mark.promise("R8", "fault: full inbox")
 def test_queued_prompt_tokens_are_bounded_but_one_long_request_fits_an_empty_inbox() -> None:
     inbox = Inbox(10, token_limit=100)
     inbox.put(request(1, 500))

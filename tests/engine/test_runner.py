@@ -6,7 +6,7 @@ from collections import deque
 
 import pytest
 import torch
-from fakes import FakeModel, solo
+from fakes import VOCAB, FakeModel, solo
 
 from vserve.engine.batch import BatchBuilder
 from vserve.engine.request import Emit, FinishReason, GenRequest, RequestId, SamplingParams
@@ -75,6 +75,7 @@ def requests(sampling: SamplingParams, count: int = 7, max_tokens: int = 12) -> 
     ],
     ids=["roomy", "one row", "small chunks", "few blocks", "few blocks and no prefix cache"],
 )
+@pytest.mark.promise("R7")
 def test_every_text_is_the_solo_text(depth: int, limits: dict[str, int]) -> None:
     wanted = requests(GREEDY)
     assert Engine(depth, **limits).run(wanted) == {request.id: solo(request) for request in wanted}
@@ -117,6 +118,7 @@ def test_min_tokens_and_stop_ids_hold() -> None:
     assert engine.emits[-1].stop_id == text[-1]
 
 
+@pytest.mark.promise("R7", "fault: invalid numbers")
 def test_a_row_of_nan_ends_its_request_and_no_other() -> None:
     engine = Engine(2, FakeModel(poison=47))
     others = requests(GREEDY, 4)
@@ -149,7 +151,7 @@ def test_a_chunk_that_does_not_end_its_prompt_asks_for_no_logits() -> None:
 
 def test_a_step_is_laid_out_as_the_contract_says() -> None:
     scheduler = Scheduler(Limits(16, 4, 4, 32, 64))
-    builder = BatchBuilder(max_num_seqs=4, max_blocks=16, block_size=4, device=torch.device("cpu"))
+    builder = BatchBuilder(max_num_seqs=4, max_blocks=16, block_size=4, vocab_size=VOCAB, device=torch.device("cpu"))
     scheduler.add(GenRequest(RequestId(1), [10, 11, 12, 13, 14], 3, GREEDY), 0.0)
     first = scheduler.plan(0.0)
     assert first is not None

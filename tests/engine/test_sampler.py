@@ -30,7 +30,7 @@ def state(
     request = GenRequest(RequestId(1), prompt or [1], 1000, params, min_tokens=min_tokens, stop_ids=stop_ids)
     sequence = Sequence(request, 1, seed)
     sequence.tokens += generated or []
-    return RowState(sequence)
+    return RowState(sequence, V)
 
 
 def logits(seed: int, size: int = V, spread: float = 3.0) -> np.ndarray:

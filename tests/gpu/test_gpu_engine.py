@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from fakes_gpu import VOCAB, Engine, Parts, config, cuda_runner, plain_runner
+from fakes_gpu import VOCAB, Engine, Parts, config, cuda_runner, masked_requests, plain_runner, scores_of
 
 from vserve.engine.cuda_runner import CudaRunner
 from vserve.engine.request import FinishReason, GenRequest, RequestId, SamplingParams
@@ -136,3 +136,17 @@ def test_bf16_texts_leave_the_plain_runners_only_at_near_ties(coarse: Parts) -> 
                 assert b in top, f"request {request.id}, token {place}: {b} is not among the likely {top}"
                 assert top[a] - top[b] < 0.15  # two steps of a bf16 logit between 8 and 16
                 break
+
+
+@pytest.mark.parametrize("count", [2, 18, 40])
+def test_masks_and_scored_prompts_are_the_same_with_graphs_and_without(parts: Parts, count: int) -> None:
+    plain = Engine(plain_runner(parts), 1, **SIZES)
+    texts = plain.run(masked_requests(count))
+    for make in (cuda_runner(parts, use_graphs=False), lambda limits: captured(parts, limits)):
+        engine = Engine(make, **SIZES)
+        assert engine.run(masked_requests(count)) == texts
+        mine, theirs = scores_of(engine), scores_of(plain)
+        assert mine.keys() == theirs.keys()
+        for name, entries in theirs.items():
+            assert [entry[1:] for entry in mine[name]] == [entry[1:] for entry in entries]
+            assert [entry[0] for entry in mine[name]] == pytest.approx([entry[0] for entry in entries], abs=1e-3)

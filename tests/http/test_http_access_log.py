@@ -28,6 +28,7 @@ def test_a_line_is_the_exchange_as_json() -> None:
 
 
 @pytest.mark.parametrize("method", ["A\nB", "\x1b[31m", '"', "\u2028", "\ud800", "M" * 9000])
+@pytest.mark.promise("input: control characters")
 def test_the_clients_words_are_escaped_and_cut(method: str) -> None:
     line = access_line(AccessEntry(method, None, 0, 0.0, 0, "req-1", "unix", True), 0.0)
     assert line.isascii()
@@ -36,6 +37,7 @@ def test_the_clients_words_are_escaped_and_cut(method: str) -> None:
     assert json.loads(line)["method"] == method[:32]
 
 
+@pytest.mark.promise("R12")
 def test_neither_query_nor_key_nor_content_nor_path_is_in_a_line() -> None:
     async def main() -> list[str]:
         edge = Edge()

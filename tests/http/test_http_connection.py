@@ -87,6 +87,7 @@ def test_requests_are_answered_the_same_wherever_they_are_cut(cut: int) -> None:
     run(main)
 
 
+@pytest.mark.promise("R10")
 def test_pipelined_answers_keep_their_order_errors_too() -> None:
     async def main() -> None:
         edge = Edge()
@@ -136,6 +137,7 @@ def test_many_pipelined_requests_leave_the_loop_its_turns() -> None:
     run(main)
 
 
+@pytest.mark.promise("R8")
 def test_what_is_read_ahead_is_bounded() -> None:
     async def main() -> None:
         edge = Edge(Limits(pipeline_bytes=1000))
@@ -253,6 +255,7 @@ def test_a_route_of_its_own_for_options_comes_first() -> None:
     ("given", "echoed"),
     [(b"abc-1", True), (b"!" * 128, True), (b"!" * 129, False), (b"", False), (b"a b", False), (b"\xe9", False)],
 )
+@pytest.mark.promise("input: ids chosen by clients", "input: control characters")
 def test_a_request_id_is_echoed_only_if_it_is_short_and_visible(given: bytes, echoed: bool) -> None:
     async def main() -> None:
         edge = Edge()
@@ -390,6 +393,7 @@ def test_heads_that_differ_or_hold_a_key_are_not_remembered() -> None:
         (b"POST /echo HTTP/1.1\r\nHost: a\r\nExpect: 200-ok\r\nContent-Length: 1\r\n\r\n", 417),
     ],
 )
+@pytest.mark.promise("R10")
 def test_what_the_parser_refuses_closes_the_connection(data: bytes, status: int) -> None:
     async def main() -> None:
         edge = Edge()
@@ -476,9 +480,10 @@ def test_a_client_that_waits_is_refused_without_continue() -> None:
     run(main)
 
 
+@pytest.mark.promise("R8")
 def test_all_bodies_together_are_bounded() -> None:
     async def main() -> None:
-        edge = Edge(Limits(bodies_bytes=8))
+        edge = Edge(Limits(in_flight_bytes=8))
         first, second = edge.connect(), edge.connect()
         first.send(ECHO[:-1])
         second.send(ECHO.replace(b"/echo", b"/hold"))
@@ -768,6 +773,7 @@ def test_a_stream_stops_at_the_high_mark_and_goes_on_at_the_low_one() -> None:
     run(main)
 
 
+@pytest.mark.promise("R8", "R9")
 def test_a_stream_that_is_written_to_regardless_is_cut_at_its_bound() -> None:
     async def main() -> None:
         edge = Edge(Limits(write_high_bytes=100, stream_buffer_bytes=1000))
@@ -951,6 +957,7 @@ def test_an_idle_connection_is_closed_silently() -> None:
     run(main)
 
 
+@pytest.mark.promise("R9")
 def test_a_head_that_drips_gets_ten_seconds_in_all() -> None:
     async def main() -> None:
         edge = Edge()
@@ -983,6 +990,7 @@ def test_an_empty_line_and_silence_is_closed_without_a_word() -> None:
 
 
 @pytest.mark.parametrize(("pause_s", "bytes_sent"), [(31.0, 1), (29.0, 11)])
+@pytest.mark.promise("R9", "fault: slow writers")
 def test_a_body_has_a_bound_on_silence_and_on_its_whole_time(pause_s: float, bytes_sent: int) -> None:
     async def main() -> None:
         edge = Edge()
@@ -1018,6 +1026,7 @@ def test_a_handler_may_take_its_time() -> None:
 
 
 @pytest.mark.parametrize("rate", [0, 1])
+@pytest.mark.promise("R9")
 def test_a_reader_that_stalls_is_dropped(rate: int) -> None:
     async def main() -> None:
         edge = Edge()

@@ -269,6 +269,7 @@ def test_a_port_in_use_is_one_clear_line(run: Run) -> None:
     run(main)
 
 
+@pytest.mark.promise("R14")
 def test_the_port_binds_again_at_once(run: Run) -> None:
     async def main() -> None:
         port = 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
-from fakes_gpu import Engine, Parts, config, cuda_runner, plain_runner
+from fakes_gpu import Engine, Parts, config, cuda_runner, masked_requests, plain_runner, scores_of
 
-from vserve.engine.request import FinishReason, GenRequest, RequestId, SamplingParams
+from vserve.engine.request import FinishReason, GenRequest, RequestFault, RequestId, SamplingParams
+from vserve.errors import BadRequest
 
 GREEDY = SamplingParams(temperature=0.0)
 SIZES = {"max_num_seqs": 4, "max_num_batched_tokens": 32}
@@ -95,4 +98,31 @@ def test_a_row_that_can_draw_nothing_ends_its_request(parts: Parts) -> None:
     texts = engine.run([banned, *good])
     (end,) = [emit for emit in engine.emits if emit.id == 9]
     assert end.finish is FinishReason.ERROR
+    assert texts[0] == Engine(plain_runner(parts), **SIZES).run(good)[0]
+
+
+@pytest.mark.parametrize(
+    "limits", [{}, {"max_scored_tokens": 3, "max_prefill_chunk": 3}], ids=["roomy", "small slices"]
+)
+def test_masks_and_scored_prompts_are_those_of_the_plain_runner(parts: Parts, limits: dict[str, int]) -> None:
+    engine, plain = Engine(cuda_runner(parts), **(SIZES | limits)), Engine(plain_runner(parts), 1, **SIZES)
+    assert engine.run(masked_requests(6)) == plain.run(masked_requests(6))
+    mine, theirs = scores_of(engine), scores_of(plain)
+    assert mine.keys() == theirs.keys() == {4, 5}
+    for name, entries in theirs.items():
+        assert [entry[1:] for entry in mine[name]] == [entry[1:] for entry in entries]
+        assert [entry[0] for entry in mine[name]] == pytest.approx([entry[0] for entry in entries], abs=1e-3)
+
+
+def test_a_constraint_that_fails_ends_its_request_and_no_other(parts: Parts) -> None:
+    class Broken:
+        def mask(self, generated: Sequence[int]) -> bytes:
+            raise BadRequest("broken")
+
+    engine = Engine(cuda_runner(parts), **SIZES)
+    good = requests(1, 3)
+    texts = engine.run([GenRequest(RequestId(9), [1, 2], 5, GREEDY, constraint=Broken()), *good])
+    (end,) = [emit for emit in engine.emits if emit.id == 9]
+    assert end.finish is FinishReason.ERROR
+    assert isinstance(end.error, RequestFault)
     assert texts[0] == Engine(plain_runner(parts), **SIZES).run(good)[0]

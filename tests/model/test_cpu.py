@@ -46,12 +46,19 @@ def test_a_limit_the_user_has_set_is_kept_untried(name: str) -> None:
 
 def test_float32_never_starts_the_probe() -> None:
     found = cpu.library_environment({}, reduced_precision=False, cpuinfo=AMX, probe=never)
-    assert found == {"GOMP_SPINCOUNT": cpu.SPIN_COUNT}
+    assert found == {"GOMP_SPINCOUNT": cpu.SPIN_COUNT, **cpu.KEPT_KERNELS}
 
 
 @pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
 def test_a_wait_policy_the_user_has_set_is_kept(name: str) -> None:
-    assert cpu.library_environment({name: "x"}, reduced_precision=True, cpuinfo=PLAIN) == {}
+    assert cpu.library_environment({name: "x"}, reduced_precision=True, cpuinfo=PLAIN) == cpu.KEPT_KERNELS
+
+
+@pytest.mark.promise("R8")
+def test_the_kernels_kept_for_shapes_seen_are_bounded_unless_the_user_says_otherwise() -> None:
+    assert all(int(bound) <= 128 for bound in cpu.KEPT_KERNELS.values())
+    found = cpu.library_environment(dict.fromkeys(cpu.KEPT_KERNELS, "7"), reduced_precision=False)
+    assert not set(found) & set(cpu.KEPT_KERNELS)
 
 
 def test_the_probe_reports_the_child_and_this_processor_survives_it_under_what_was_found() -> None:

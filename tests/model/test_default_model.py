@@ -15,6 +15,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.model.driving import CPU, Driver, distance, judged
+from vserve.engine.request import GenRequest, RequestId, SamplingParams, TokenLogprobs
+from vserve.engine.runner import Runner
+from vserve.engine.scheduler import Limits, Scheduler
 from vserve.model import loader, source
 from vserve.model.decoder import Decoder
 from vserve.text import gguf_vocab
@@ -118,6 +121,28 @@ def test_no_answer_hangs_on_a_near_tie() -> None:
     for logits in verdicts():
         best = logits.topk(2, dim=-1).values
         assert float(((best[:, 0] - best[:, 1]) / logits.abs().amax(-1)).min()) > 5e-5
+
+
+def test_scores_of_prompts_are_transformers_log_softmax() -> None:
+    limits = Limits(num_blocks=64, block_size=16, max_num_seqs=4, max_num_batched_tokens=128, max_model_len=512)
+    scheduler = Scheduler(limits)
+    runner = Runner(decoder(), decoder().new_cache(64, 16), max_num_seqs=4, max_model_len=512)
+    chosen = prompts()[7][:90], prompts()[5], prompts()[2]
+    for number, prompt in enumerate(chosen):
+        scheduler.add(GenRequest(RequestId(number), prompt, 2, SamplingParams(0.0), prompt_logprobs=5), 0.0)
+    scores: dict[int, tuple[TokenLogprobs, ...]] = {}
+    while (plan := scheduler.plan(0.0)) is not None:
+        for emit in scheduler.commit(plan, runner.launch(plan).wait(), 0.0):
+            if emit.prompt_logprobs is not None:
+                scores[emit.id] = emit.prompt_logprobs
+    for number, prompt in enumerate(chosen):
+        truth = torch.log_softmax(judged(judge(), prompt).double(), -1)[:-1]
+        assert len(scores[number]) == len(prompt) - 1
+        for row, token, entry in zip(truth, prompt[1:], scores[number], strict=True):
+            assert entry.logprob == pytest.approx(float(row[token]), abs=2e-3)
+            best = row.topk(5)
+            assert [value for _, value in entry.top] == pytest.approx(best.values.tolist(), abs=2e-3)
+            assert abs(entry.rank - 1 - int((row > row[token]).sum())) <= 1 + entry.rank // 100  # near ties far down
 
 
 def test_a_model_without_dense_copies_gives_the_same_logits() -> None:

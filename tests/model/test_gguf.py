@@ -208,6 +208,7 @@ def test_plain_tensors_are_windows_on_the_file(tmp_path: Path) -> None:
     assert stored.data.untyped_storage().data_ptr() == source.gguf.file.untyped_storage().data_ptr()
 
 
+@pytest.mark.promise("R13")
 def test_a_file_cut_while_mapped_is_refused_before_it_is_touched(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_model(path, model_tensors())
@@ -425,6 +426,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
+@pytest.mark.promise("R13", "fault: hostile model files")
 def test_a_file_truncated_anywhere_fails_cleanly(tmp_path: Path, sound: bytes) -> None:
     path = tmp_path / "cut.gguf"
     cuts = [*range(0, 4096, 7), *range(4096, len(sound), 997), len(sound) - 1]
@@ -436,6 +438,7 @@ def test_a_file_truncated_anywhere_fails_cleanly(tmp_path: Path, sound: bytes) -
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(flips=st.lists(st.tuples(st.integers(0, 4095), st.integers(1, 255)), min_size=1, max_size=4))
+@pytest.mark.promise("R13", "fault: hostile model files")
 def test_flipped_bytes_never_raise_anything_else(tmp_path: Path, sound: bytes, flips: list[tuple[int, int]]) -> None:
     content = bytearray(sound)
     for at, mask in flips:

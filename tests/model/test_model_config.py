@@ -334,6 +334,7 @@ JSON = st.recursive(
 
 @settings(max_examples=200, deadline=None)
 @given(st.dictionaries(st.sampled_from([*LLAMA, "rope_scaling", "rope_parameters", "head_dim"]), JSON, max_size=4))
+@pytest.mark.promise("R13", "fault: hostile model files")
 def test_no_value_of_config_json_raises_anything_but_a_startup_error(changes: dict[str, object]) -> None:
     try:
         config = ModelConfig.from_json(LLAMA | changes)

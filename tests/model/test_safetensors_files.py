@@ -199,6 +199,7 @@ def read_all(folder: Path) -> None:
         weights.get(name).dense()
 
 
+@pytest.mark.promise("R13", "fault: hostile model files")
 def test_a_file_truncated_anywhere_fails_cleanly(tmp_path: Path) -> None:
     write_single(tmp_path)
     whole = (tmp_path / SINGLE).read_bytes()
@@ -210,6 +211,7 @@ def test_a_file_truncated_anywhere_fails_cleanly(tmp_path: Path) -> None:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(flips=st.lists(st.tuples(st.integers(0, 250), st.integers(1, 255)), min_size=1, max_size=3))
+@pytest.mark.promise("R13", "fault: hostile model files")
 def test_flipped_bytes_never_raise_anything_but_a_startup_error(tmp_path: Path, flips: list[tuple[int, int]]) -> None:
     write_single(tmp_path)
     content = bytearray((tmp_path / SINGLE).read_bytes())

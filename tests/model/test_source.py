@@ -166,6 +166,7 @@ def test_a_model_that_is_not_there_is_one_line(model: str, problem: str) -> None
         ("model.safetensors", b"x", "pass the folder that holds this file"),
     ],
 )
+@pytest.mark.promise("R13", "input: pickled weights")
 def test_a_file_of_another_kind_is_refused(tmp_path: Path, file: str, content: bytes, problem: str) -> None:
     (tmp_path / file).write_bytes(content)
     with pytest.raises(StartupError) as caught:
@@ -226,6 +227,7 @@ def test_a_broken_reference_is_no_snapshot(tmp_path: Path, ref: str) -> None:
 
 
 @pytest.mark.parametrize("revision", ["", "..", "a/../b", "/etc", "a" * 200, "a b", "é"])
+@pytest.mark.promise("input: pickled weights")
 def test_a_revision_that_is_no_name_is_refused(tmp_path: Path, revision: str) -> None:
     with pytest.raises(StartupError, match="is not the name of a branch"):
         cached("org/name", HubSettings(tmp_path), revision)

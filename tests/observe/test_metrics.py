@@ -80,6 +80,7 @@ def test_token_buckets_end_at_the_context() -> None:
     assert token_bounds(512) == (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 
+@pytest.mark.promise("R8", "input: odd metric labels")
 def test_label_sets_are_bounded_under_odd_methods_and_paths() -> None:
     metrics, _ = serving()
     for i in range(1000):

@@ -89,6 +89,7 @@ def test_an_empty_stop_string_is_a_mistake_of_the_caller(stops: list[str]) -> No
         StopMatcher(stops)
 
 
+@pytest.mark.promise("input: backtracking")
 def test_a_stop_string_that_nearly_matches_for_ever_takes_linear_time() -> None:
     # Quadratic work would be 4 * 10**10 steps here, which the suite's time limit ends.
     matcher = StopMatcher(["a" * 200_000 + "b"])

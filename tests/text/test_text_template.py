@@ -288,12 +288,14 @@ ENDS = "{% endfor %}{% endfor %}"
         "{{ range(10000000000) }}",
     ],
 )
+@pytest.mark.promise("R13", "fault: endless template", "input: template from the request")
 def test_a_template_that_would_run_or_grow_for_ever_is_refused(source: str) -> None:
     template = ChatTemplate(source, bounds=Bounds(chars=2**20, steps=100_000, time_s=30))
     with pytest.raises(BadRequest, match="refused"):
         template.render(CONVERSATIONS["one"])
 
 
+@pytest.mark.promise("fault: endless template")
 def test_a_template_out_of_time_is_refused() -> None:
     template = ChatTemplate(f"{LOOPS}{ENDS}", bounds=Bounds(time_s=0))
     with pytest.raises(BadRequest, match="more than 0 s"):

@@ -7,6 +7,7 @@ Knows nothing of sockets or of how a model computes.  Event-loop thread only, bu
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Mapping
@@ -14,21 +15,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from vserve.api.access import Keys
+from vserve.api.access import Key, Keys, credentials
 from vserve.api.defaults import Defaults
 from vserve.api.encoder import EncoderModel, EncoderServed
 from vserve.api.keepalive import KeepAlive
 from vserve.api.load import Usage
 from vserve.api.meter import SeriesMeter, engine_now
 from vserve.api.status import Lifecycle, Status
+from vserve.api.trail import Trails
 from vserve.bridge import Bridge
 from vserve.errors import ApiError, BadRequest, NotFound, RateLimited, Unavailable, shorten
 from vserve.http.exchange import Exchange
 from vserve.http.site import AccessEntry
 from vserve.observe.heartbeat import Heartbeat
 from vserve.observe.metrics import EngineSeries, Metrics
+from vserve.scale.workers import LocalWorker, Workers
+from vserve.text.grammar import HELPERS, Grammar, Grammars, why_none
+from vserve.text.grammar_spec import GrammarSpec
+from vserve.text.habits import Habits, habits_of
 from vserve.text.template import ChatTemplate
-from vserve.text.tokenizer import Tokenizer
+from vserve.text.tokenizer import Tokenizer, eos_ids_in
 
 T = TypeVar("T")
 
@@ -42,13 +48,16 @@ _REFUSED = {401: "unauthorized", 403: "forbidden", 429: "overloaded"}
 class Options:
     """What the operator chose.  Times in seconds.
 
-    long_text_chars: texts longer than this are rendered and tokenised off the loop.
+    docs: /openapi.json is served.  long_text_chars: texts longer than this are rendered and tokenised off the loop.
+    resume_s, resume_streams, resume_bytes: how long, and how many, broken streams can be gone on with.
+    tool_call_parser, reasoning_parser: the flags' values; "auto" is what the chat template shows.
     max_sequences: most choices of one request, over all its prompts.
     """
 
     version: str
     api_keys: tuple[str, ...] = ()
     strict: bool = False
+    docs: bool = True
     keep_alive_s: float = 15.0
     request_timeout_s: float | None = None
     stall_timeout_s: float = 60.0
@@ -57,6 +66,11 @@ class Options:
     max_queued_tokens: int = 2**20
     max_sequences: int = 1024
     long_text_chars: int = 8192
+    resume_s: float = 60.0
+    resume_streams: int = 1024
+    resume_bytes: int = 64 * 2**20
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
 
 
 class Waiting(Protocol):
@@ -76,7 +90,7 @@ class Model:
     """What exists once the model is loaded.
 
     names: what clients call it, the default first.  vocab_size: the width of its logits.  max_model_len: tokens of
-    prompt plus answer.
+    prompt plus answer.  grammars: None where there can be no structured output.
     """
 
     names: tuple[str, ...]
@@ -88,18 +102,28 @@ class Model:
     max_model_len: int
     vocab_size: int
     generation_config: Mapping[str, object] = field(default_factory=dict)
+    grammars: Grammars | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A Model with what follows from it, worked out once.  embedding: names of the embedding model beside it."""
+    """A Model with what follows from it, worked out once.
+
+    habits: how it writes calls of tools and reasoning.  embedding: names of the embedding model beside it.
+    """
 
     model: Model
     defaults: Defaults
+    habits: Habits
     eos_ids: frozenset[int]
     fingerprint: str
     created_s: int
     embedding: tuple[str, ...] = ()
+
+    @property
+    def vocab_size(self) -> int:
+        """The width of the model's output: every id of a request is below it."""
+        return self.model.vocab_size
 
     def name(self, asked: str | None) -> str:
         """The served name a request means.
@@ -135,9 +159,13 @@ class App:
         self.keys = Keys(options.api_keys)
         self.keep_alive = KeepAlive(options.keep_alive_s)
         self.usage = Usage()
+        self.trails = Trails(options.resume_s, options.resume_streams, options.resume_bytes)
         self.metrics = Metrics()
         self.replies: set[Ending] = set()
+        self.workers: Workers = LocalWorker()
         self._pool = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
+        # Apart from the other: a grammar may take seconds, and most of them in a process of its own.
+        self._compilers = ThreadPoolExecutor(HELPERS, thread_name_prefix="grammar")
         self._served: Served | None = None
         self._encoder: EncoderServed | None = None
 
@@ -163,7 +191,10 @@ class App:
         self._served = Served(
             model=model,
             defaults=Defaults.of(model.generation_config),
-            eos_ids=model.tokenizer.eos_ids | _eos_ids(model.generation_config, model.vocab_size),
+            habits=habits_of(
+                model.template, model.tokenizer, self.options.tool_call_parser, self.options.reasoning_parser
+            ),
+            eos_ids=model.tokenizer.eos_ids | eos_ids_in(model.generation_config, model.vocab_size),
             fingerprint="fp_" + hashlib.sha256(f"{self.options.version}/{model.names}".encode()).hexdigest()[:10],
             created_s=int(time.time()),
             embedding=embedding,
@@ -192,8 +223,12 @@ class App:
         if self.life.can(Status.STOPPED):
             self.life.to(Status.STOPPED)
         self.keep_alive.close()
+        self.trails.close()
         self.metrics.timer.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._compilers.shutdown(wait=False, cancel_futures=True)
+        if self._served is not None and self._served.model.grammars is not None:
+            self._served.model.grammars.close()
 
     @property
     def status(self) -> Status:
@@ -296,13 +331,23 @@ class App:
         """Run work in the pool for long texts."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
+    def caller(self, exchange: Exchange) -> Key | None:
+        """Whose key came with this request; None when no keys are configured."""
+        return self.keys.caller(credentials(exchange.request.headers))
+
+    async def compiled(self, served: Served, spec: GrammarSpec, path: str) -> Grammar:
+        """The grammar of spec, which came in the field path.  Raises BadRequest with the reason why there is none."""
+        grammars = served.model.grammars
+        if grammars is None:
+            reason = why_none(served.model.tokenizer, served.eos_ids) or "this model's vocabulary cannot be used for it"
+            raise BadRequest(f"`{path}` needs structured output: {reason}.", param=path)
+        found = grammars.kept(spec)
+        if found is not None:
+            return found
+        work = functools.partial(grammars.compile, spec, path)
+        return await asyncio.get_running_loop().run_in_executor(self._compilers, work)
+
     def salt(self, exchange: Exchange, asked: str | None) -> bytes:
         """The prefix-cache salt of this request: the caller's own, then the one it asked for."""
-        own = self.keys.salt(exchange.request.headers.get("authorization"))
+        own = self.keys.salt(credentials(exchange.request.headers))
         return own if asked is None else own + asked.encode("utf-8", "surrogatepass")
-
-
-def _eos_ids(config: Mapping[str, object], vocab_size: int) -> frozenset[int]:
-    value = config.get("eos_token_id")
-    values = value if isinstance(value, list) else [value]
-    return frozenset(item for item in values if type(item) is int and 0 <= item < vocab_size)

@@ -56,6 +56,7 @@ class Defaults:
             logit_bias=drawing.logit_bias,
             seed=drawing.seed,
             logprobs=logprobs,
+            allowed_ids=drawing.allowed_ids,
         )
 
 

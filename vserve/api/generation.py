@@ -7,21 +7,27 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from vserve.api.app import App, Served
-from vserve.api.choice import Choice, Reading
-from vserve.api.reply import Dialect, Headers, Reply, WholeReply
+from vserve.api.choice import Choice, Reading, Splitting
+from vserve.api.reply import OPENAI, Dialect, Framing, Headers, Reply, WholeReply
 from vserve.api.requests import Wanted
 from vserve.api.shapes import Head
 from vserve.api.stream import StreamReply
+from vserve.api.trail import Trail
 from vserve.engine.request import GenRequest
 from vserve.errors import BadRequest, DeadlineExceeded, shorten
 from vserve.http.exchange import Exchange, Response
+from vserve.text.grammar import Grammar
+from vserve.text.tokenizer import Tokenizer
 
 IGNORED_LIMIT = 16
 """Most names listed in x-ignored-params."""
+
+MAX_SCORES = 2**20
+"""Most log-probabilities of prompt tokens in one reply."""
 
 TIMEOUT_HEADER = "x-request-timeout"
 _DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)(ms|s)?")
@@ -44,13 +50,16 @@ class Order:
     """All that decides how prompts are generated from.
 
     default_max_tokens: where the request does not say; None is what is left of the context.
-    continuation: the answer goes on with the prompt's own text.
+    continuation: the answer goes on with the prompt's own text.  prompt_logprobs: those wanted of the
+    prompt's tokens.  splitting: None where all text is content.
     """
 
     wanted: Wanted
     prompts: Sequence[Prompt]
     default_max_tokens: int | None
     continuation: bool
+    prompt_logprobs: int | None = None
+    splitting: Splitting | None = None
 
 
 def deadline(app: App, exchange: Exchange, timeout_ms: int | None) -> float | None:
@@ -103,18 +112,69 @@ def reply_head(served: Served, exchange: Exchange, wanted: Wanted, prefix: str) 
     )
 
 
-async def generate(app: App, served: Served, exchange: Exchange, order: Order, dialect: Dialect) -> Response | None:
-    """Generate all choices and answer the exchange.  Raises ApiError while nothing has been sent."""
-    wanted = order.wanted
-    choices = _choices(app, served, exchange, order)
+async def generate(
+    app: App,
+    served: Served,
+    exchange: Exchange,
+    order: Order,
+    dialect: Dialect,
+    framing: Framing = OPENAI,
+    renew: Callable[[], Dialect] | None = None,
+) -> Response | None:
+    """Generate all choices and answer the exchange.  Raises ApiError while nothing has been sent.
+
+    renew: makes the dialect as it was at the start, for a client that goes on with a broken stream (resume.py); None:
+    the events of such a stream have no ids and it cannot be gone on with.
+    """
+    wanted, bridge = order.wanted, served.model.bridge
+    grammar = None if wanted.grammar is None else await app.compiled(served, wanted.grammar, wanted.grammar_field)
+    bad_words = await _bad_words(app, served, wanted.bad_words)
+    choices = _choices(app, served, exchange, order, Limited(grammar, bad_words))
     if exchange.gone:
         return None
-    kind = StreamReply if wanted.stream else WholeReply
-    reply: Reply = kind(app, served.model.bridge, exchange, dialect, choices, ignored_header(wanted.ignored))
+    headers = ignored_header(wanted.ignored)
+    reply: Reply
+    if wanted.stream:
+        trail = _trail(app, exchange, renew, choices, headers) if renew is not None and app.trails.enabled else None
+        reply = StreamReply(app, bridge, exchange, dialect, choices, headers, framing, trail)
+    else:
+        reply = WholeReply(app, bridge, exchange, dialect, choices, headers)
+    reply.caller = app.caller(exchange)
     return await reply.run()
 
 
-def _choices(app: App, served: Served, exchange: Exchange, order: Order) -> list[Choice]:
+def _trail(
+    app: App, exchange: Exchange, renew: Callable[[], Dialect], choices: Sequence[Choice], headers: Headers
+) -> Trail:
+    request, route = exchange.request, exchange.route
+    endpoint = route.name if route is not None else ""
+    return Trail(endpoint, app.salt(exchange, None), hash(request.body), renew, choices, headers)
+
+
+@dataclass(frozen=True, slots=True)
+class Limited:
+    """What keeps tokens out of the answers, made ready: the grammar to follow, and words as sequences of ids."""
+
+    grammar: Grammar | None
+    bad_words: tuple[tuple[int, ...], ...]
+
+
+async def _bad_words(app: App, served: Served, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Each word as the model spells it, at the start of a text and behind a space."""
+    if not words:
+        return ()
+    tokenizer = served.model.tokenizer
+    bare = [word.lstrip() or word for word in words]
+    texts = [prefix + word for word in bare for prefix in ("", " ")]
+
+    def encode() -> list[list[int]]:
+        return tokenizer.encode_batch(texts, add_special=False)
+
+    ids = encode() if sum(map(len, texts)) <= app.options.long_text_chars else await app.off_loop(encode)
+    return tuple(dict.fromkeys(tuple(word) for word in ids if word))
+
+
+def _choices(app: App, served: Served, exchange: Exchange, order: Order, limited: Limited) -> list[Choice]:
     """Prompt by prompt, n choices each.  Raises BadRequest for what does not fit, DeadlineExceeded when too late."""
     wanted, model = order.wanted, served.model
     total = len(order.prompts) * wanted.n
@@ -131,6 +191,7 @@ def _choices(app: App, served: Served, exchange: Exchange, order: Order) -> list
     eos_ids = frozenset() if wanted.ignore_eos else served.eos_ids
     reading = _reading(served, order, eos_ids)
     sampling = served.defaults.sampling(wanted.drawing, wanted.logprobs, model.vocab_size)
+    sampling = replace(sampling, bad_words=limited.bad_words)
     # seed + i: the choices of one prompt differ, and each can be had again.  63 bits: what every back end can hold.
     draws = [
         sampling if sampling.seed is None else replace(sampling, seed=(sampling.seed + i) & (2**63 - 1))
@@ -139,11 +200,23 @@ def _choices(app: App, served: Served, exchange: Exchange, order: Order) -> list
     stop_ids = eos_ids.union(wanted.stop_token_ids)
     salt = app.salt(exchange, wanted.cache_salt)
     choices: list[Choice] = []
+    scores = 0
     for prompt in order.prompts:
         ids, max_tokens = fit(prompt, order, model.max_model_len)
+        if order.prompt_logprobs is not None:
+            scores += len(ids) * wanted.n * (order.prompt_logprobs + 1)
+            if scores > MAX_SCORES:
+                raise BadRequest(
+                    f"The log-probabilities of these prompts are more than {MAX_SCORES} numbers; ask for fewer "
+                    "prompts, choices or likely tokens.",
+                    param="prompt_logprobs" if wanted.prompt_logprobs is not None else "logprobs",
+                )
+        lead = prompt.lead
+        if lead and len(ids) < len(prompt.ids) and wanted.truncate is not None:
+            lead = model.tokenizer.decode(ids)
         for i, draw in enumerate(draws):
             request = None
-            if max_tokens:
+            if max_tokens or order.prompt_logprobs is not None:
                 request = GenRequest(
                     id=model.bridge.next_id(),
                     prompt=ids,
@@ -155,9 +228,30 @@ def _choices(app: App, served: Served, exchange: Exchange, order: Order) -> list
                     priority=wanted.priority,
                     arrival_s=exchange.received_s,
                     deadline_s=deadline_s,
+                    constraint=None if limited.grammar is None else limited.grammar.matcher(),
+                    prompt_logprobs=order.prompt_logprobs,
                 )
-            choices.append(Choice(len(choices), i == 0, ids, request, reading, prompt.lead))
+            choices.append(Choice(len(choices), i == 0, ids, request, reading, lead))
+    _check_queue(app, choices)
     return choices
+
+
+def _check_queue(app: App, choices: Sequence[Choice]) -> None:
+    """Raise BadRequest for choices that an empty queue could not take: 429 would send the client round for ever."""
+    options = app.options
+    prompts = [len(choice.prompt) for choice in choices if choice.request is not None]
+    if len(prompts) > options.max_queue:
+        raise BadRequest(
+            f"The request makes {len(prompts)} choices, more than the {options.max_queue} requests that may wait at "
+            "once (--max-queue).",
+            param="n",
+        )
+    if len(prompts) > 1 and sum(prompts) > options.max_queued_tokens:
+        raise BadRequest(
+            f"The request's {len(prompts)} choices bring {sum(prompts)} prompt tokens together, more than the "
+            f"{options.max_queued_tokens} that may wait at once (--max-queued-tokens).",
+            param="n",
+        )
 
 
 def _reading(served: Served, order: Order, eos_ids: frozenset[int]) -> Reading:
@@ -172,8 +266,20 @@ def _reading(served: Served, order: Order, eos_ids: frozenset[int]) -> Reading:
         eos_ids=eos_ids,
         keep_ids=wanted.return_token_ids,
         keep_logprobs=wanted.logprobs is not None,
+        scored=order.prompt_logprobs is not None,
         count_chunks=wanted.stream_options.continuous_usage_stats,
+        splitting=order.splitting,
     )
+
+
+def check_length(tokenizer: Tokenizer, text: str, most: int, path: str) -> None:
+    """Raise BadRequest, in a moment, for a text that cannot but have more than most tokens.  Any thread."""
+    least = tokenizer.least_tokens(text)
+    if least > most:
+        raise BadRequest(
+            f"`{path}` has {len(text)} characters, which are at least {least} tokens; the context has {most}.",
+            param=path,
+        )
 
 
 def fit(prompt: Prompt, order: Order, context: int) -> tuple[Sequence[int], int]:

@@ -12,7 +12,10 @@ from vserve.api import schema as row
 from vserve.api.fields import Field, Table, Values, read, without_effect
 from vserve.api.prompts import Message, Prompt
 from vserve.api.schema import StreamOptions
+from vserve.api.structured import Constraint, only, spaced
+from vserve.api.tools import Mode, Tool, ToolUse, tool_use
 from vserve.errors import BadRequest
+from vserve.text.grammar_spec import GrammarSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,7 @@ class Drawing:
     frequency_penalty: float
     logit_bias: tuple[tuple[int, float], ...]
     seed: int | None
+    allowed_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,8 @@ class Wanted:
     """What chat and completions have in common.
 
     max_tokens None: the endpoint's default; max_tokens_field: the name it came under.  logprobs: None is off, k >= 0
-    adds the k most likely tokens.
+    adds the k most likely tokens; prompt_logprobs: the same of the prompt's tokens.
+    grammar: what the answer must follow, None for anything; grammar_field: where it came from, for messages.
     ignored: field names without effect, for x-ignored-params.
     """
 
@@ -53,6 +58,8 @@ class Wanted:
     ignore_eos: bool
     skip_special: bool
     logprobs: int | None
+    prompt_logprobs: int | None
+    bad_words: tuple[str, ...]
     truncate: int | None
     priority: int
     cache_salt: str | None
@@ -60,6 +67,8 @@ class Wanted:
     request_id: str | None
     return_token_ids: bool
     tokens_as_ids: bool
+    grammar: GrammarSpec | None
+    grammar_field: str
     ignored: tuple[str, ...]
 
 
@@ -77,12 +86,23 @@ class Conversation:
 
 
 @dataclass(frozen=True, slots=True)
+class Thinking:
+    """What is asked of a model's reasoning.  shown: it is part of the reply.  budget: its most tokens, None for any."""
+
+    shown: bool = True
+    effort: str | None = None
+    budget: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A checked body of /v1/chat/completions."""
+    """A checked body of /v1/chat/completions.  tools: None where none is to be called."""
 
     wanted: Wanted
     conversation: Conversation
     echo: bool
+    tools: ToolUse | None = None
+    thinking: Thinking = Thinking()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +113,14 @@ class CompletionRequest:
     prompts: tuple[Prompt, ...]
     echo: bool
     add_special: bool
+
+    @property
+    def scored(self) -> int | None:
+        """As wanted.prompt_logprobs, for all that the reply says of the prompt: echo puts logprobs there too."""
+        wanted = self.wanted
+        if not self.echo or wanted.logprobs is None:
+            return wanted.prompt_logprobs
+        return max(wanted.logprobs, wanted.prompt_logprobs or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +152,41 @@ def parse_chat(body: dict[str, object], vocab_size: int, strict: bool = False) -
         raise BadRequest("`top_logprobs` needs `logprobs` to be true.", param="top_logprobs")
     limit = row.MAX_TOKENS if values[row.MAX_COMPLETION_TOKENS] is None else row.MAX_COMPLETION_TOKENS
     wanted = _wanted(values, unknown, limit, logprobs=values[row.TOP_LOGPROBS] if values[row.LOGPROBS] else None)
+    tools, mode = _tools(values)
+    if mode is Mode.REQUIRED and wanted.ignore_eos:
+        raise BadRequest("`ignore_eos` cannot be combined with calls that are required.", param="ignore_eos")
+    # With none asked for the model is not told of them either: that way it calls none.
+    definitions = () if tools is None else tuple(tool.definition for tool in _offered(values))
     return ChatRequest(
-        wanted, _conversation(values, values[row.MESSAGES], values[row.ADD_SPECIAL_CHAT], ()), values[row.ECHO]
+        wanted,
+        _conversation(values, values[row.MESSAGES], values[row.ADD_SPECIAL_CHAT], definitions),
+        values[row.ECHO],
+        tools,
+        Thinking(values[row.INCLUDE_REASONING], values[row.EFFORT], values[row.THINKING_BUDGET]),
     )
+
+
+def _offered(values: Values) -> tuple[Tool, ...]:
+    return values[row.TOOLS] or values[row.FUNCTIONS]
+
+
+def _tools(values: Values) -> tuple[ToolUse | None, Mode]:
+    """What is said of tools, under either name, and whether they are to be called."""
+    newer, older = values[row.TOOLS], values[row.FUNCTIONS]
+    choice, call = values[row.TOOL_CHOICE], values[row.FUNCTION_CALL]
+    if newer and older:
+        raise BadRequest("Give one of `tools` and `functions`, got both.", param="functions")
+    legacy = bool(older) or (call is not None and not newer)
+    if legacy and choice is not None and older:
+        raise BadRequest("`tool_choice` goes with `tools`; with `functions` give `function_call`.", param="tool_choice")
+    if newer and call is not None:
+        raise BadRequest(
+            "`function_call` goes with `functions`; with `tools` give `tool_choice`.", param="function_call"
+        )
+    use = tool_use(
+        newer or older, call if legacy and choice is None else choice, parallel=values[row.PARALLEL], legacy=legacy
+    )
+    return use, Mode.NONE if use is None else use.mode
 
 
 def parse_completion(body: dict[str, object], vocab_size: int, strict: bool = False) -> CompletionRequest:
@@ -137,8 +197,6 @@ def parse_completion(body: dict[str, object], vocab_size: int, strict: bool = Fa
         raise BadRequest(f"`best_of` must equal `n` ({n}) or be left out, got {best_of}.", param="best_of")
     if values[row.MAX_TOKENS_OR_0] == 0 and not echo:
         raise BadRequest("`max_tokens` must be at least 1 unless `echo` is true, got 0.", param="max_tokens")
-    if echo and values[row.LOGPROBS_COUNT] is not None:
-        raise BadRequest("`echo` with `logprobs` is not supported by this version of the server.", param="logprobs")
     wanted = _wanted(values, unknown, row.MAX_TOKENS_OR_0, logprobs=values[row.LOGPROBS_COUNT])
     return CompletionRequest(wanted, values[row.PROMPT], echo, values[row.ADD_SPECIAL])
 
@@ -156,7 +214,9 @@ def parse_tokenize(body: dict[str, object], vocab_size: int, strict: bool = Fals
     special = values[row.ADD_SPECIAL_ANY]
     conversation = None
     if messages is not None:
-        conversation = _conversation(values, messages, bool(special), values[row.TOOLS])
+        conversation = _conversation(
+            values, messages, bool(special), tuple(tool.definition for tool in values[row.TOOLS])
+        )
     texts = prompt if prompt is not None else text
     return TokenizeRequest(
         values[row.MODEL], texts, special is not False, conversation, values[row.TOKEN_STRS], unknown
@@ -190,6 +250,10 @@ def _wanted(values: Values, unknown: tuple[str, ...], limit: Field[int | None], 
         raise BadRequest("`stream_options` is allowed only when `stream` is true.", param="stream_options")
     if values[row.TRUNCATE] == 0:
         raise BadRequest("`truncate_prompt_tokens` must be -1 or at least 1, got 0.", param="truncate_prompt_tokens")
+    allowed = values[row.ALLOWED_IDS]
+    if allowed is not None and not allowed:
+        raise BadRequest("`allowed_token_ids` is empty: no token could be drawn.", param="allowed_token_ids")
+    constraint = _constraint(values)
     drawing = Drawing(
         temperature=values[row.TEMPERATURE],
         top_p=values[row.TOP_P],
@@ -200,6 +264,7 @@ def _wanted(values: Values, unknown: tuple[str, ...], limit: Field[int | None], 
         frequency_penalty=values[row.FREQUENCY],
         logit_bias=values[row.LOGIT_BIAS],
         seed=None if values[row.SEED] == -1 else values[row.SEED],
+        allowed_ids=None if allowed is None else tuple(sorted(set(allowed))),
     )
     return Wanted(
         model=values[row.MODEL],
@@ -216,6 +281,8 @@ def _wanted(values: Values, unknown: tuple[str, ...], limit: Field[int | None], 
         ignore_eos=values[row.IGNORE_EOS],
         skip_special=values[row.SKIP_SPECIAL],
         logprobs=logprobs,
+        prompt_logprobs=values[row.PROMPT_LOGPROBS],
+        bad_words=values[row.BAD_WORDS],
         truncate=values[row.TRUNCATE],
         priority=values[row.PRIORITY],
         cache_salt=values[row.CACHE_SALT],
@@ -223,8 +290,28 @@ def _wanted(values: Values, unknown: tuple[str, ...], limit: Field[int | None], 
         request_id=values[row.REQUEST_ID],
         return_token_ids=values[row.RETURN_TOKEN_IDS],
         tokens_as_ids=values[row.TOKENS_AS_IDS],
+        grammar=None if constraint is None else constraint.spec,
+        grammar_field="response_format" if constraint is None else constraint.path,
         ignored=unknown,
     )
+
+
+def _constraint(values: Values) -> Constraint | None:
+    """The one constraint on the answer's text, whichever of the fields it came in."""
+    rows = (
+        row.RESPONSE_FORMAT, row.STRUCTURED_OUTPUTS, row.GUIDED_JSON, row.GUIDED_REGEX, row.GUIDED_CHOICE,
+        row.GUIDED_GRAMMAR,
+    )  # fmt: skip
+    made = only([values[one] for one in rows])
+    pattern = values[row.GUIDED_WHITESPACE]
+    if pattern is not None:
+        made = spaced(made, pattern, row.GUIDED_WHITESPACE.name)
+    if made is not None and values[row.IGNORE_EOS]:
+        raise BadRequest(
+            f"`ignore_eos` cannot be combined with `{made.path}`: a complete answer has nothing to go on with.",
+            param="ignore_eos",
+        )
+    return made
 
 
 def _conversation(

@@ -18,16 +18,29 @@ from vserve.api.fields import (
     Object,
     Objects,
     OneOf,
+    Schema,
     Stops,
     Text,
     TokenIds,
     ignored,
+    object_schema,
     read,
     refused,
     table,
 )
 from vserve.api.prompts import PROMPT_TOKEN_LIMIT, Documents, Message, Messages, Prompt, Prompts, Texts
+from vserve.api.structured import (
+    WHITESPACE,
+    Choices,
+    Constraint,
+    ResponseFormat,
+    SchemaKind,
+    Source,
+    StructuredOutputs,
+)
+from vserve.api.tools import FunctionChoiceKind, Functions, Tool, ToolChoice, ToolChoiceKind, Tools
 from vserve.errors import BadRequest
+from vserve.text.grammar_spec import GrammarKind
 
 MAX_LOGPROBS = 20
 _INT32 = 2**31 - 1
@@ -44,6 +57,7 @@ class StreamOptions:
 
 INCLUDE_USAGE: Field[bool] = Field("include_usage", Bool(), False, "one last chunk with the token counts")
 CONTINUOUS_USAGE: Field[bool] = Field("continuous_usage_stats", Bool(), False, "token counts in every chunk")
+STREAM_OPTION_LIMIT = 16
 STREAM_OPTION_ROWS = table(INCLUDE_USAGE, CONTINUOUS_USAGE)
 
 
@@ -52,7 +66,7 @@ class StreamOptionsKind:
     """An object with include_usage and continuous_usage_stats."""
 
     def check(self, value: object, path: str, vocab_size: int) -> StreamOptions:
-        body = Object(16).check(value, path, vocab_size)
+        body = Object(STREAM_OPTION_LIMIT).check(value, path, vocab_size)
         try:
             values, unknown = read(body, STREAM_OPTION_ROWS, vocab_size, strict=False)
         except BadRequest as error:
@@ -60,6 +74,9 @@ class StreamOptionsKind:
         return StreamOptions(
             values[INCLUDE_USAGE], values[CONTINUOUS_USAGE], tuple(f"{path}.{name}" for name in unknown)
         )
+
+    def schema(self) -> Schema:
+        return {**object_schema(STREAM_OPTION_ROWS, strict=False), "maxProperties": STREAM_OPTION_LIMIT}
 
 
 # Rows that chat and completions share.
@@ -114,21 +131,42 @@ TOKENS_AS_IDS: Field[bool] = Field(
     "return_tokens_as_token_ids", Bool(), False, 'tokens of logprobs as "token_id:N" instead of text'
 )
 
+PROMPT_LOGPROBS: Field[int | None] = Field(
+    "prompt_logprobs", Int(0, MAX_LOGPROBS), None, "log-probabilities of the prompt's tokens and so many likely others"
+)
+BAD_WORDS: Field[tuple[str, ...]] = Field("bad_words", Stops(128, 256), (), "words that must not appear in the answer")
+ALLOWED_IDS: Field[Sequence[int] | None] = Field(
+    "allowed_token_ids", TokenIds(2**18), None, "the only token ids that may be drawn"
+)
+RESPONSE_FORMAT: Field[Constraint | None] = Field(
+    "response_format", ResponseFormat(), None, "the answer is text, a JSON object, or JSON that follows a schema"
+)
+STRUCTURED_OUTPUTS: Field[Constraint | None] = Field(
+    "structured_outputs", StructuredOutputs(), None, "the answer follows a schema, a pattern, a choice or a grammar"
+)
+GUIDED_JSON: Field[Constraint | None] = Field(
+    "guided_json", SchemaKind(), None, "older name of structured_outputs.json"
+)
+GUIDED_REGEX: Field[Constraint | None] = Field(
+    "guided_regex", Source(GrammarKind.REGEX), None, "older name of structured_outputs.regex"
+)
+GUIDED_CHOICE: Field[Constraint | None] = Field(
+    "guided_choice", Choices(), None, "older name of structured_outputs.choice"
+)
+GUIDED_GRAMMAR: Field[Constraint | None] = Field(
+    "guided_grammar", Source(GrammarKind.LARK), None, "older name of structured_outputs.grammar"
+)
+GUIDED_WHITESPACE: Field[str | None] = Field(
+    "guided_whitespace_pattern", WHITESPACE, None, "older name of structured_outputs.whitespace_pattern"
+)
+
 _SHARED: tuple[object, ...] = (
     MODEL, N, STREAM, STREAM_OPTIONS, MAX_TOKENS, MIN_TOKENS, TEMPERATURE, TOP_P, TOP_K, MIN_P, REPETITION, PRESENCE,
     FREQUENCY, LOGIT_BIAS, SEED, STOP, STOP_TOKEN_IDS, INCLUDE_STOP, IGNORE_EOS, SKIP_SPECIAL, TRUNCATE, PRIORITY,
     CACHE_SALT, TIMEOUT_MS, REQUEST_ID, USER, RETURN_TOKEN_IDS, TOKENS_AS_IDS,
-    refused("response_format", "structured output", ({"type": "text"},)),
-    refused("structured_outputs", "structured output"),
-    refused("guided_json", "structured output, older name"),
-    refused("guided_regex", "structured output, older name"),
-    refused("guided_choice", "structured output, older name"),
-    refused("guided_grammar", "structured output, older name"),
-    refused("guided_decoding_backend", "structured output, older name"),
-    refused("guided_whitespace_pattern", "structured output, older name"),
-    refused("prompt_logprobs", "log-probabilities of the prompt"),
-    refused("bad_words", "strings that must not appear", ([],)),
-    refused("allowed_token_ids", "the only tokens that may be drawn"),
+    RESPONSE_FORMAT, STRUCTURED_OUTPUTS, GUIDED_JSON, GUIDED_REGEX, GUIDED_CHOICE, GUIDED_GRAMMAR, GUIDED_WHITESPACE,
+    refused("guided_decoding_backend", "there is one back end", ("auto", "guidance", "llguidance")),
+    PROMPT_LOGPROBS, BAD_WORDS, ALLOWED_IDS,
     refused("use_beam_search", "beam search", (False,)),
     refused("length_penalty", "beam search", (1, 1.0)),
     refused("early_stopping", "beam search", (False,)),
@@ -174,25 +212,38 @@ TEMPLATE_KWARGS: Field[dict[str, object]] = Field(
     "further variables of the chat template",
 )  # fmt: skip
 
+TOOLS: Field[tuple[Tool, ...]] = Field("tools", Tools(), (), "functions that the model may call")
+TOOL_CHOICE: Field[ToolChoice | None] = Field(
+    "tool_choice", ToolChoiceKind(), None, "none, auto (the default), required, or the one function to call"
+)
+PARALLEL: Field[bool] = Field("parallel_tool_calls", Bool(), True, "more than one call in an answer")
+FUNCTIONS: Field[tuple[Tool, ...]] = Field("functions", Functions(), (), "older form of tools; one call an answer")
+FUNCTION_CALL: Field[ToolChoice | None] = Field(
+    "function_call", FunctionChoiceKind(), None, "older form of tool_choice"
+)
+INCLUDE_REASONING: Field[bool] = Field("include_reasoning", Bool(), True, "send the model's reasoning, too")
+EFFORT: Field[str | None] = Field(
+    "reasoning_effort",
+    OneOf(("none", "minimal", "low", "medium", "high", "xhigh", "max")),
+    None,
+    "for the chat template, where it has such a dial or a switch (none); otherwise reported as ignored",
+)
+THINKING_BUDGET: Field[int | None] = Field(
+    "thinking_token_budget", Int(0, _INT32), None, "most tokens of reasoning; then it is closed and the answer begins"
+)
+
 CHAT = table(
     *_SHARED, MESSAGES, MAX_COMPLETION_TOKENS, LOGPROBS, TOP_LOGPROBS, ECHO, ADD_GENERATION_PROMPT, CONTINUE_FINAL,
-    ADD_SPECIAL_CHAT, DOCUMENTS, TEMPLATE_KWARGS,
-    refused("tools", "tool calls", ([],)),
-    refused("tool_choice", "tool calls", ("none", "auto")),
-    refused("functions", "tool calls, older name", ([],)),
-    refused("function_call", "tool calls, older name", ("none", "auto")),
+    ADD_SPECIAL_CHAT, DOCUMENTS, TEMPLATE_KWARGS, TOOLS, TOOL_CHOICE, PARALLEL, FUNCTIONS, FUNCTION_CALL,
+    INCLUDE_REASONING, EFFORT, THINKING_BUDGET,
     refused("chat_template", "a template from the request"),
     refused("mm_processor_kwargs", "images and audio", ({},)),
     refused("modalities", "answers other than text", (["text"],)),
     refused("audio", "answers as audio"),
     refused("web_search_options", "web search"),
-    refused("thinking_token_budget", "a bound on reasoning"),
     refused("prompt", "a field of /v1/completions"),
-    Field("parallel_tool_calls", Bool(), True, "without tools there is no call to make, in parallel or not"),
-    ignored("reasoning_effort", "the model has no such dial", ("none",)),
     ignored("verbosity", "the model has no such dial", ("medium",)),
     ignored("prediction", "a hint for speed"),
-    ignored("include_reasoning", "the model's text is not split into reasoning and answer", (True,)),
     ignored("store", "answers of this endpoint are not stored", (False,)),
 )  # fmt: skip
 
@@ -221,7 +272,6 @@ TOKEN_STRS: Field[bool] = Field("return_token_strs", Bool(), False, "also each t
 ADD_SPECIAL_ANY: Field[bool | None] = Field(
     "add_special_tokens", Bool(), None, "add the tokenizer's own first token; true for texts, false for messages"
 )
-TOOLS: Field[tuple[dict[str, object], ...]] = Field("tools", Objects(128), (), "for the chat template")
 TOKENS: Field[list[int] | None] = Field("tokens", TokenIds(PROMPT_TOKEN_LIMIT), None, "token ids")
 TOKEN_IDS: Field[list[int] | None] = Field("token_ids", TokenIds(PROMPT_TOKEN_LIMIT), None, "other name of tokens")
 KEEP_SPECIAL: Field[bool] = Field("skip_special_tokens", Bool(), False, "leave special tokens out of the text")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import orjson
 
 from vserve.engine.request import FinishReason, Timing, TokenLogprobs
+from vserve.text.parts import Part
 from vserve.text.tokenizer import Tokenizer
 
 LEAST_LOGPROB = -9999.0
@@ -43,27 +44,36 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Tokens of a reply so far: over all prompts (each once) and all choices."""
+    """Tokens of a reply so far: over all prompts (each once) and all choices.
+
+    reasoning: those of completion that were reasoning; None where none is told apart.
+    """
 
     prompt: int
     completion: int
     cached: int
+    reasoning: int | None = None
 
     def usage(self) -> dict[str, object]:
         """The ``usage`` object."""
-        return {
+        usage: dict[str, object] = {
             "prompt_tokens": self.prompt,
             "total_tokens": self.prompt + self.completion,
             "completion_tokens": self.completion,
             "prompt_tokens_details": {"cached_tokens": self.cached},
         }
+        if self.reasoning is not None:
+            usage["completion_tokens_details"] = {"reasoning_tokens": self.reasoning}
+        return usage
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
     """What one choice has to say in one chunk, or in all when the reply is whole.
 
-    offset: characters of the choice's text before this piece.  finish: set on the last piece.
+    text: the content only.  offset: characters of the choice's text before this piece.  finish: set on the last piece.
+    scores: of the prompt's tokens but the first, once, where they are wanted.  parts: all of it in order, the content
+    too; None where the text is not split, so that all of it is content.
     """
 
     text: str
@@ -72,6 +82,8 @@ class Piece:
     drawn: Sequence[Drawn] = ()
     finish: FinishReason | None = None
     stop_reason: str | int | None = None
+    scores: Sequence[TokenLogprobs] | None = None
+    parts: tuple[Part, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,24 +116,62 @@ def _chat_token(token: int, logprob: float, text: TokenText) -> dict[str, object
     }
 
 
-def completion_logprobs(drawn: Sequence[Drawn], offset: int, text: TokenText) -> dict[str, object]:
-    """The ``logprobs`` object of a completion choice; offset: characters before the first of these tokens."""
-    tokens = [text.of(token) for token, _ in drawn]
-    offsets = []
-    for token, _ in drawn:
-        offsets.append(offset)
-        offset += len(text.tokenizer.token_bytes(token).decode("utf-8", "replace"))
-    top = []
+@dataclass(frozen=True, slots=True)
+class Echoed:
+    """The prompt's tokens as they stand before the drawn ones; scores: of all but the first."""
+
+    prompt: Sequence[int]
+    scores: Sequence[TokenLogprobs]
+    top: int
+
+
+def completion_logprobs(
+    drawn: Sequence[Drawn], offset: int, text: TokenText, echoed: Echoed | None = None
+) -> dict[str, object]:
+    """The ``logprobs`` object of a completion choice; offset: characters before the first of the drawn tokens."""
+    tokens: list[str] = []
+    offsets: list[int] = []
+    logprobs: list[float | None] = []
+    top: list[dict[str, float] | None] = []
+
+    def add(token: int, entry: TokenLogprobs | None, most: int, at: int) -> int:
+        tokens.append(text.of(token))
+        offsets.append(at)
+        if entry is None:  # nothing comes before the first token
+            logprobs.append(None)
+            top.append(None)
+        else:
+            best = {text.of(other): max(logprob, LEAST_LOGPROB) for other, logprob in entry.top[:most]}
+            best.setdefault(text.of(token), max(entry.logprob, LEAST_LOGPROB))
+            logprobs.append(max(entry.logprob, LEAST_LOGPROB))
+            top.append(best)
+        return at + len(text.tokenizer.token_bytes(token).decode("utf-8", "replace"))
+
+    if echoed is not None:
+        at = 0
+        for token, entry in zip(echoed.prompt, (None, *echoed.scores), strict=True):
+            at = add(token, entry, echoed.top, at)
     for token, entry in drawn:
-        best = {text.of(other): max(logprob, LEAST_LOGPROB) for other, logprob in entry.top}
-        best.setdefault(text.of(token), max(entry.logprob, LEAST_LOGPROB))
-        top.append(best)
-    return {
-        "text_offset": offsets,
-        "token_logprobs": [max(entry.logprob, LEAST_LOGPROB) for _, entry in drawn],
-        "tokens": tokens,
-        "top_logprobs": top,
-    }
+        offset = add(token, entry, len(entry.top), offset)
+    return {"text_offset": offsets, "token_logprobs": logprobs, "tokens": tokens, "top_logprobs": top}
+
+
+def prompt_logprobs(
+    prompt: Sequence[int], scores: Sequence[TokenLogprobs], top: int, text: TokenText
+) -> list[dict[str, object] | None]:
+    """vLLM's ``prompt_logprobs``: null for the first token; for each other its own entry and the top most likely."""
+    entries: list[dict[str, object] | None] = [None]
+    for token, score in zip(prompt[1:], scores, strict=True):
+        ranked = {token: (score.logprob, score.rank)}
+        for rank, (other, logprob) in enumerate(score.top[:top], 1):
+            ranked.setdefault(other, (logprob, rank))
+        entries.append(
+            {
+                str(one): {"logprob": max(logprob, LEAST_LOGPROB), "rank": rank, "decoded_token": text.of(one)}
+                for one, (logprob, rank) in ranked.items()
+            }
+        )
+    return entries
 
 
 def frame(head: bytes, choice: dict[str, object] | None, usage: dict[str, object] | None, extra: bytes = b"") -> bytes:

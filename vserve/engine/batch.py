@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vserve.engine.request import RequestId
-from vserve.engine.sampler import Draw, RowState
+from vserve.engine.sampler import Draw, RowState, Score
 from vserve.engine.sequence import Plan, Sequence
 from vserve.model.ops import Step
 
@@ -28,6 +28,7 @@ class Batch:
 
     step: see vserve.model.ops.  draws: one a logit row, in order.  draw_rows [S] int64: row of each draw, on the host.
     fed, fed_rows: places of step.ids, and the rows whose last id belongs there, where the host does not know the id.
+    scores: prompt tokens whose log-probabilities are wanted; their logit rows come after those of the draws.
     """
 
     step: Step
@@ -35,13 +36,20 @@ class Batch:
     draw_rows: list[int]
     fed: list[int]
     fed_rows: list[int]
+    scores: list[Score]
 
 
 class BatchBuilder:
-    """Builds steps for rows 0 to max_num_seqs - 1, each with at most max_blocks blocks of block_size tokens."""
+    """Builds steps for rows 0 to max_num_seqs - 1, each with at most max_blocks blocks of block_size tokens.
 
-    def __init__(self, *, max_num_seqs: int, max_blocks: int, block_size: int, device: torch.device) -> None:
+    vocab_size: the width of the logits.
+    """
+
+    def __init__(
+        self, *, max_num_seqs: int, max_blocks: int, block_size: int, vocab_size: int, device: torch.device
+    ) -> None:
         self._block_size = block_size
+        self._vocab_size = vocab_size
         self._device = device
         self._tables: NDArray[np.int32] = np.zeros((max_num_seqs, max_blocks), np.int32)
         self._filled = [0] * max_num_seqs
@@ -77,7 +85,12 @@ class BatchBuilder:
                 draw_rows.append(row)
                 draw_works.append(place)
         step = self._tensors(plan, ids, rows, draw_works, longest)
-        return Batch(step, draws, draw_rows, fed, fed_rows)
+        scores = [
+            Score(works[work].sequence.tokens[at], works[work].sequence.request.prompt_logprobs or 0)
+            for work, places in plan.scorings
+            for at in places
+        ]
+        return Batch(step, draws, draw_rows, fed, fed_rows, scores)
 
     def _enter(self, sequence: Sequence) -> tuple[int, int]:
         """Bring the row of the sequence up to date; returns the row and the number of its blocks."""
@@ -89,7 +102,7 @@ class BatchBuilder:
             self._owners[row] = owner
             self._filled[row] = 0
             try:
-                self._states[row] = RowState(sequence)
+                self._states[row] = RowState(sequence, self._vocab_size)
             except Exception:
                 # One request's parameters must not end the step of the others; its draw reports the error.
                 log.exception("sampling state failed for one request")
@@ -105,7 +118,8 @@ class BatchBuilder:
         starts = [work.start for work in works]
         counts = tuple([work.num_tokens for work in works])
         contexts = tuple([work.start + work.num_tokens for work in works])
-        draws = len(draw_works)
+        scored = [(work, at - 1) for work, places in plan.scorings for at in places]
+        draws = len(draw_works) + len(scored)
         # Two packed buffers: on a GPU each is one copy, and splitting is one call however many fields there are.
         wide: NDArray[np.int64] = np.empty(3 * total + draws, np.int64)
         narrow: NDArray[np.int32] = np.zeros(2 * len(works) + 1 + len(works) * longest, np.int32)
@@ -124,7 +138,9 @@ class BatchBuilder:
         blocks, offsets = np.divmod(positions, size)
         # int64: block * size passes 2**31 on a cache of that many tokens
         wide[2 * total : 3 * total] = self._tables[from_rows, blocks].astype(np.int64) * size + offsets
-        wide[3 * total :] = ends[draw_works] - 1
+        wide[3 * total : 3 * total + len(draw_works)] = ends[draw_works] - 1
+        # The row of a token counts from the end of its work.
+        wide[3 * total + len(draw_works) :] = [int(ends[work]) - contexts[work] + at for work, at in scored]
         narrow[len(works) + 1 : 2 * len(works) + 1] = contexts
         narrow[2 * len(works) + 1 :].reshape(len(works), longest)[:] = self._tables[rows, :longest]
         return self._step(wide, narrow, counts, contexts, draws)

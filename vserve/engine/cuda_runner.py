@@ -10,7 +10,10 @@ idle moment (``idle``) or was missed often.  G only: all work is on a stream of 
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Final
 
 import numpy as np
@@ -21,9 +24,9 @@ from torch import Tensor
 from vserve.engine.packing import Packed, Packer, Words, fits
 from vserve.engine.sequence import Plan, Results
 from vserve.engine.shapes import ENTRY_WORDS, UPDATE_WORDS, Buckets, Layout, Shape
-from vserve.engine.special import CANNOT_DRAW, Answers, SpecialDraws
+from vserve.engine.special import CANNOT_DRAW, Answers, SpecialDraws, answers_for
+from vserve.kernels import ahead, sampling
 from vserve.kernels import rows as row_kernels
-from vserve.kernels import sampling
 from vserve.kernels.cuda import StepPlan
 from vserve.kernels.rows import Inputs
 from vserve.model.gpu_decoder import GpuDecoder
@@ -35,9 +38,14 @@ SLOTS: Final = 4
 """Host buffers of steps in flight; the loop keeps two in flight at most."""
 WISHES: Final = 32
 """After so many steps padded to a larger graph, a shape gets its own between two steps: some 30 ms, once."""
-MAX_GRAPH_TOKENS: Final = 2304
+MAX_GRAPH_TOKENS: Final = 2048
 PADDING_MOST: Final = 2.0
-"""A mixed step takes a larger graph than its own only up to so many times its tokens: they are computed for nothing."""
+CHEAP_TOKENS: Final = 256
+"""A mixed step takes a larger graph than its own only up to so many times its tokens, or so many tokens, of which the
+weights are the larger part of the cost: they are computed for nothing."""
+LEFT_FREE_BYTES: Final = 256 << 20
+"""Graphs leave so much of the GPU's memory alone: steps without a graph and the driver need some, and on the last few
+megabytes every allocation of theirs would first give back what the one before took."""
 INVALID: Final = "The model produced invalid numbers for this request."
 UNUSABLE: Final = "The sampling parameters of this request cannot be used."
 
@@ -68,6 +76,7 @@ class CudaPending:
     slot: _Slot
     packed: Packed
     answers: Answers | None
+    scores: Answers | None = None
 
     def wait(self) -> Results:
         """What the step drew.  Blocks until the device has come so far."""
@@ -81,7 +90,13 @@ class CudaPending:
                 if token < 0:
                     errors.setdefault(place, CANNOT_DRAW if place in changed else INVALID)
         logprobs = {} if self.answers is None else self.answers.read()
-        return Results(ids, {place: one for place, one in logprobs.items() if place not in errors}, errors)
+        scores = [] if self.scores is None else list(self.scores.read().values())
+        return Results(
+            ids,
+            {place: one for place, one in logprobs.items() if place not in errors},
+            errors,
+            [one if math.isfinite(one.logprob) else None for one in scores],
+        )
 
 
 class _Step:
@@ -133,6 +148,7 @@ class CudaRunner:
         device = cache.pairs[0].device
         self._decoder = decoder
         self._cache = cache
+        self._layers = (decoder, cache.pairs)
         self._use_graphs = use_graphs and device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         if self._stream is not None:
@@ -172,7 +188,10 @@ class CudaRunner:
         if packed.overflow is not None:
             self._enter(packed.overflow)
         step.words.copy_(slot.words_tensor[: step.layout.words], non_blocking=True)
-        if step.graph is not None:
+        scores = None
+        if plan.scorings:
+            scores = self._run_and_score(step, plan)
+        elif step.graph is not None:
             step.graph.replay()
         else:
             self._run(step)
@@ -183,22 +202,24 @@ class CudaRunner:
             slot.ids_tensor[: packed.draws].copy_(self._drawn[: packed.draws], non_blocking=True)
         if slot.event is not None:
             slot.event.record()
-        return CudaPending(slot, packed, answers)
+        return CudaPending(slot, packed, answers, scores)
 
     def _choose(self, plan: Plan) -> _Step:
         """The step's own shape, or a larger one that has its graph already."""
         step = self._step(self.buckets.choose(plan.num_decodes, len(plan.works) - plan.num_decodes, plan.num_tokens))
-        if step.graph is not None or step.refused or not self._use_graphs or not self.buckets.is_graph(step.shape):
+        if step.graph is not None or not self._use_graphs or not self.buckets.is_graph(step.shape):
             return step
-        most = step.shape.tokens * PADDING_MOST if step.shape.chunks else float("inf")
+        most = max(CHEAP_TOKENS, step.shape.tokens * PADDING_MOST) if step.shape.chunks else float("inf")
         others = [
             one
             for one in self._captured
             if one.shape.is_decode == step.shape.is_decode and one.shape.tokens <= most and fits(plan, one.shape)
         ]
         step.wishes += 1
-        if not others or step.wishes > WISHES:
-            self._capture(step)  # kernel by kernel it would take about as long, every time
+        # Kernel by kernel it would take about as long as capturing it takes, every time.
+        if (not others or step.wishes > WISHES) and self._capture(step):
+            return step
+        if not others:
             return step
         return min(others, key=lambda one: (one.shape.tokens, one.shape.decodes))
 
@@ -217,8 +238,29 @@ class CudaRunner:
         on_device = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
         row_kernels.enter(self._rows, on_device, self._words[:0].view(0, ENTRY_WORDS))
 
-    def _run(self, step: _Step) -> None:
-        """Queue every kernel of the step, from its words to its logits [S, V] float32 and drawn ids."""
+    def _run_and_score(self, step: _Step, plan: Plan) -> Answers:
+        """Queue the step kernel by kernel, with the log-probabilities of the prompt tokens that plan wants scored."""
+        firsts = list(accumulate((work.num_tokens for work in plan.works), initial=0))
+        rows: list[int] = []
+        ids: list[int] = []
+        tops: list[int | None] = []
+        for number, places in plan.scorings:
+            sequence, start = plan.works[number].sequence, plan.works[number].start
+            rows += [firsts[number] + place - 1 - start for place in places]
+            ids += [sequence.tokens[place] for place in places]
+            tops += [sequence.request.prompt_logprobs or 0] * len(places)
+        packed = torch.tensor([rows, ids], dtype=torch.int64)
+        if self._words.device.type != "cpu":
+            packed = packed.pin_memory().to(self._words.device, non_blocking=True)
+        raw = self._run(step, packed[0].to(torch.int32))
+        assert raw is not None
+        return answers_for(list(range(len(rows))), tops, raw.to(torch.float32), packed[1])
+
+    def _run(self, step: _Step, scored: Tensor | None = None) -> Tensor | None:
+        """Queue every kernel of the step, from its words to its logits [S, V] float32 and drawn ids.
+
+        scored [P] int32: further tokens of the step, never one of decodes alone; returns their logits [P, V] then.
+        """
         fields, inputs, shape = step.fields, step.inputs, step.shape
         cos, sin = self._decoder.rotation
         size = self._cache.block_size
@@ -256,11 +298,20 @@ class CudaRunner:
             fields["positions"],
         )
         # One buffer for all: a graph that kept its own would hold on to hundreds of megabytes.
-        step.logits.copy_(self._decoder.compute(inputs.ids, plan, self._cache.pairs, logit_rows))
+        decoder, pairs = self._layers
+        further = None
+        if scored is None or logit_rows is None:
+            step.logits.copy_(decoder.compute(inputs.ids, plan, pairs, logit_rows))
+        else:
+            every = torch.cat((logit_rows, scored))
+            logits = decoder.compute(inputs.ids, plan, pairs, every)
+            further = logits[shape.sequences :]
+            step.logits.copy_(logits[: shape.sequences])
         ids = sampling.sample(
             step.logits, inputs.temperature, inputs.top_k, inputs.top_p, inputs.min_p, inputs.seeds, inputs.counters
         )
         row_kernels.keep(self._rows, draw_rows, ids, self._drawn[: shape.sequences])
+        return further
 
     # ---- graphs -----------------------------------------------------------------------------------------------
 
@@ -274,7 +325,7 @@ class CudaRunner:
         """Capture one more graph while nobody waits; False when all are there."""
         while self._to_capture:
             step = self._step(self._to_capture.pop())
-            if step.graph is None and not step.refused:
+            if step.graph is None:
                 self._capture(step)
                 if not self._to_capture:
                     free, total = torch.cuda.mem_get_info()
@@ -283,21 +334,60 @@ class CudaRunner:
                 return True
         return False
 
+    def leave_out(self, max_chunk: int) -> None:
+        """Capture no graph in advance of a step that decodes and takes in more than max_chunk prompt tokens."""
+        self._to_capture = [
+            shape
+            for shape in self._to_capture
+            if shape.is_decode or not shape.decodes or shape.tokens <= max_chunk + shape.decodes
+        ]
+
+    @torch.inference_mode()
+    def compile(self, shapes: Iterable[Shape], threads: int) -> int:
+        """Compile the kernels of steps of these shapes on so many threads, before any step; returns how many."""
+        if not self._use_graphs:
+            return 0
+        assert not self._captured
+        whole = self._layers
+        ends = self._decoder.ends()
+        self._layers = ends, self._cache.pairs[: ends.num_layers]
+
+        def work() -> None:
+            for shape in shapes:
+                step = self._step(shape)
+                self._make_empty(step)
+                self._run(step)
+
+        try:
+            return ahead.compile_all(work, threads)
+        finally:
+            self._layers = whole
+
     @torch.inference_mode()
     def capture(self, shape: Shape) -> None:
         """Capture the graph of one shape now, if it has none."""
         step = self._step(shape)
-        if self._use_graphs and step.graph is None and not step.refused:
+        if self._use_graphs and step.graph is None:
             self._capture(step)
 
-    def _capture(self, step: _Step) -> None:
-        try:
-            step.graph = self._captured_graph(step)
-        except torch.OutOfMemoryError:
-            step.refused = True
-            log.warning("no memory for the graph of %s: such steps run kernel by kernel", step.shape)
-        else:
+    def _capture(self, step: _Step) -> bool:
+        """Give the step its graph; False where there is no memory for one, and then ever after."""
+        if step.refused:
+            return False
+        free, _ = torch.cuda.mem_get_info()
+        if free >= LEFT_FREE_BYTES:
+            try:
+                step.graph = self._captured_graph(step)
+            except RuntimeError as error:
+                # What the driver lacks memory for is no OutOfMemoryError of torch's
+                if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+                    raise
+        if step.graph is not None:
             self._captured.append(step)
+        else:
+            step.refused = True
+            log.warning("no memory for the graph of %s (%.2f GiB free): another serves it", step.shape, free / 2**30)
+        return not step.refused
 
     def _captured_graph(self, step: _Step) -> torch.cuda.CUDAGraph:
         self._make_empty(step)

@@ -6,20 +6,24 @@ between.  Knows no queue, no pool and no request's life.  G only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from vserve.engine.batch import BatchBuilder
-from vserve.engine.sampler import sample
+from vserve.engine.sampler import sample, score
 from vserve.engine.sequence import Plan, Results
 from vserve.model.ops import KvCache, Step
 
 
 class Decoder(Protocol):
     """The model, as far as a step needs it (vserve.model.decoder)."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
 
     def forward(self, step: Step, cache: KvCache) -> Tensor:
         """Compute the step, writing keys and values; returns logits [S, V] float32 of step.logit_rows, S >= 0."""
@@ -47,6 +51,7 @@ class Runner:
             max_num_seqs=max_num_seqs,
             max_blocks=-(-max_model_len // cache.block_size),
             block_size=cache.block_size,
+            vocab_size=decoder.vocab_size,
             device=device,
         )
         self._last_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
@@ -60,7 +65,10 @@ class Runner:
         batch = self._builder.build(plan)
         if batch.fed:
             batch.step.ids[batch.fed] = self._last_ids[batch.fed_rows]
-        results = sample(self._decoder.forward(batch.step, self._cache), batch.draws)
+        logits = self._decoder.forward(batch.step, self._cache)
+        results = sample(logits[: len(batch.draws)], batch.draws)
+        if batch.scores:
+            results = replace(results, scores=score(logits[len(batch.draws) :], batch.scores))
         if batch.draws:
             self._last_ids[batch.draw_rows] = torch.tensor(results.ids, device=self._last_ids.device)
         return Pending(results)

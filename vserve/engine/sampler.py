@@ -3,7 +3,7 @@
 The host back end, on numpy.  A draw depends on its own row alone: on its logits, its parameters, its seed, its place
 in the sequence and the tokens before it; never on the batch, the clock or an earlier draw of another row.
 
-Order of the filters: logit_bias and the min_tokens mask, then the penalties; at temperature 0 the largest wins; else
+Order of the filters: logit_bias and what may not be drawn, then the penalties; at temperature 0 the largest wins; else
 divide by the temperature, keep top_k, of these min_p, of these top_p (each measured on what the one before kept), and
 draw by inverting the cumulative distribution in the order of token ids.  A tie at the edge of a filter is kept whole.
 Nucleus sampling: Holtzman et al. 2020, arXiv:1904.09751, 3.1.  min_p: Nguyen et al. 2024, arXiv:2407.01082.
@@ -20,14 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vserve.engine.request import SamplingParams, TokenLogprobs
+from vserve.engine.constraint import DrawMask, is_masked, unpack
+from vserve.engine.request import RequestFault, SamplingParams, TokenLogprobs
 from vserve.engine.sequence import Results, Sequence
+from vserve.errors import BadRequest
 
 log = logging.getLogger(__name__)
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
+NOTHING_LEFT = "What the request allows (grammar, token ids, words, bias) leaves no token to draw."
 GREEDY_BELOW = 1e-5
 """A temperature under this is 0: dividing by it would only overflow."""
 _REACHES = (4.0, 12.0)
@@ -95,9 +98,20 @@ class SeenTokens:
 class RowState:
     """What the sampler keeps for the sequence in one row, from admission to the row's next owner."""
 
-    __slots__ = ("bias", "bias_ids", "first_free", "greedy", "params", "prompt_length", "seed", "seen", "stop_ids")
+    __slots__ = (
+        "bias",
+        "bias_ids",
+        "first_free",
+        "greedy",
+        "mask",
+        "params",
+        "prompt_length",
+        "seed",
+        "seen",
+        "stop_ids",
+    )
 
-    def __init__(self, sequence: Sequence) -> None:
+    def __init__(self, sequence: Sequence, vocab_size: int) -> None:
         """All ids of sequence.tokens are known: no draw of it is in flight."""
         request = sequence.request
         params = self.params = request.sampling
@@ -109,6 +123,7 @@ class RowState:
         self.stop_ids: Ints = np.array(sorted(request.stop_ids), np.int64)
         self.bias_ids: Ints = np.array([token for token, _ in params.logit_bias], np.int64)
         self.bias: Floats = np.array([bias for _, bias in params.logit_bias], np.float32)
+        self.mask = DrawMask(sequence, vocab_size) if is_masked(request) else None
         self.seen: SeenTokens | None = None
         if params.has_penalties:
             prompt, generated = sequence.tokens[: self.prompt_length], sequence.tokens[self.prompt_length :]
@@ -116,7 +131,7 @@ class RowState:
 
     def changes_logits(self, length: int) -> bool:
         """True where the draw after length tokens is not made from the model's logits as they are."""
-        return self.seen is not None or length < self.first_free or bool(self.bias_ids.size)
+        return self.seen is not None or self.mask is not None or length < self.first_free or bool(self.bias_ids.size)
 
 
 class Draw(NamedTuple):
@@ -127,7 +142,7 @@ class Draw(NamedTuple):
 
 
 class CannotDraw(Exception):
-    """This row has no distribution to draw from; the message is for the client."""
+    """This row has no distribution to draw from, through no fault of its request."""
 
 
 def sample(logits: Tensor, draws: list[Draw]) -> Results:
@@ -156,6 +171,8 @@ def sample(logits: Tensor, draws: list[Draw]) -> Results:
                 state.seen.add(ids[place])
             if state.params.logprobs is not None:
                 logprobs[place] = token_logprobs(row, ids[place], state.params.logprobs)
+        except BadRequest as error:
+            errors[place] = RequestFault(error.message)
         except CannotDraw as error:
             errors[place] = str(error)
         except Exception:
@@ -171,12 +188,14 @@ def draw(row: Floats, state: RowState, length: int) -> int:
         row = row.copy()
         if state.bias_ids.size:
             np.add.at(row, state.bias_ids, state.bias)
-        if length < state.first_free:
+        if state.mask is not None:  # min_tokens is part of it
+            row[~unpack(state.mask.bits(length), row.size)] = -np.inf
+        elif length < state.first_free:
             row[state.stop_ids] = -np.inf
         if state.seen is not None:
             state.seen.penalise(row, params)
         if not math.isfinite(row.max()):
-            raise CannotDraw("Bias, penalties and min_tokens leave this request no token to draw.")
+            raise BadRequest(NOTHING_LEFT)
     if state.greedy:
         return int(row.argmax())
     scores = (row - row.max()) / np.float32(params.temperature)
@@ -247,6 +266,22 @@ def _invert(weights: Floats, chance: float) -> int:
     running = np.cumsum(weights, dtype=np.float64)
     place = int(np.searchsorted(running, chance * running[-1], side="right"))
     return place if place < weights.size else int(np.flatnonzero(weights)[-1])
+
+
+class Score(NamedTuple):
+    """A prompt token whose log-probability is wanted, and how many of the most likely ones beside it."""
+
+    token: int
+    top: int
+
+
+def score(logits: Tensor, scores: list[Score]) -> list[TokenLogprobs | None]:
+    """Log-probabilities of prompt tokens, each from its row of logits [P, V] float32; None where those are invalid."""
+    rows: Floats = logits.detach().cpu().numpy()
+    return [
+        token_logprobs(row, one.token, one.top) if math.isfinite(row.max()) else None
+        for row, one in zip(rows, scores, strict=True)
+    ]
 
 
 def token_logprobs(row: Floats, token: int, top: int) -> TokenLogprobs:

@@ -28,7 +28,10 @@ from typing import NamedTuple
 from vserve.engine.pages import PagePool
 from vserve.engine.prefix import PrefixCache
 from vserve.engine.request import Emit, EngineStats, FinishReason, GenRequest, RequestId, Timing, TokenLogprobs
-from vserve.engine.sequence import Cause, Plan, Results, Sequence, State, Work
+from vserve.engine.sequence import Cause, Plan, Results, Scoring, Sequence, State, Work
+
+MAX_SCORED_TOKENS = 128
+"""Rows of logits that scoring prompts adds to a step: 25 MB at a vocabulary of 49,152, 66 MB at 128,256."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +41,13 @@ class Limits:
     max_num_seqs: sequences that hold blocks at once, and the number of rows.  max_num_batched_tokens: tokens of one
     step.  max_prefill_chunk: prompt tokens of a step that also decodes, so that decodes never wait long; a step
     without decodes takes whole prompts.  prefill_target: where tokens of one step cost less up to so many and the same
-    beyond (a GPU).  A step that decodes takes so many prompt tokens, and more, up to max_prefill_chunk, only while
-    many wait; a step that does not takes one prompt, and others only up to so many.  None: as many as may be.
+    beyond (a GPU): a step that does not decode takes one prompt, and others only up to so many.  None: as many as may
+    be.  mixed_sizes: tokens, decodes included, of steps that cost little for their size, ascending.  A step that
+    decodes fills the smallest that leaves LEAST_CHUNK for prompts, and a larger one only while many wait; empty: it
+    takes max_prefill_chunk.
     max_model_len: prompt and answer together.  vocab_size: when given, a prompt id outside it is refused here,
-    whatever the caller checked.
+    whatever the caller checked.  max_scored_tokens: prompt tokens of a step whose log-probabilities are worked out;
+    each takes a row of logits.
     """
 
     num_blocks: int
@@ -51,8 +57,10 @@ class Limits:
     max_model_len: int
     max_prefill_chunk: int = 256
     prefill_target: int | None = None
+    mixed_sizes: tuple[int, ...] = ()
     prefix_caching: bool = True
     vocab_size: int | None = None
+    max_scored_tokens: int = MAX_SCORED_TOKENS
 
     def __post_init__(self) -> None:
         for name in (
@@ -62,6 +70,7 @@ class Limits:
             "max_num_batched_tokens",
             "max_model_len",
             "max_prefill_chunk",
+            "max_scored_tokens",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -80,8 +89,10 @@ class _Room(NamedTuple):
     further: int
 
 
-BACKLOG = 8
-"""A step takes a further prefill_target of prompt tokens for every so many of them that wait."""
+LEAST_CHUNK = 128
+"""Prompt tokens that a step of one of mixed_sizes has room for."""
+BACKLOG = 2048
+"""A step that decodes takes the next larger size for every so many prompt tokens that wait."""
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:
@@ -106,6 +117,8 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self._leaving: set[Sequence] = set()  # ended or preempted, but a step in flight still names them
+        self._scorings: list[Scoring] = []  # of the plan that is being made
+        self._score_room = 0
         self._prefilling = 0
         self._waiting_tokens = 0
         self._arrivals = 0
@@ -180,16 +193,25 @@ class Scheduler:
 
     def _problem(self, request: GenRequest) -> str | None:
         prompt, limits = request.prompt, self.limits
-        if not prompt or request.max_tokens < 1:
+        only_scores = request.max_tokens == 0 and request.prompt_logprobs is not None
+        if not prompt or (request.max_tokens < 1 and not only_scores):
             return "A request needs at least one prompt token and one token to generate."
         wanted, most = len(prompt) + request.max_tokens, limits.max_sequence_tokens
+        if only_scores:  # the place that max_sequence_tokens adds is that of a token that is drawn
+            most = min(most, limits.num_blocks * limits.block_size)
         if wanted > most:
             return (
                 f"The prompt has {len(prompt)} tokens and max_tokens is {request.max_tokens}; "
                 f"together they may be at most {most}."
             )
-        if limits.vocab_size is not None and not 0 <= min(prompt) <= max(prompt) < limits.vocab_size:
-            return f"The prompt has a token id outside the vocabulary of {limits.vocab_size}."
+        drawn = request.continued
+        if drawn and len(drawn) >= request.max_tokens:
+            return (
+                f"{len(drawn)} tokens are drawn already and max_tokens is {request.max_tokens}: none is left to draw."
+            )
+        for ids in (prompt, drawn):
+            if limits.vocab_size is not None and ids and not 0 <= min(ids) <= max(ids) < limits.vocab_size:
+                return f"The prompt has a token id outside the vocabulary of {limits.vocab_size}."
         return None
 
     def cancel(self, request_id: RequestId, reason: FinishReason, now_s: float) -> Emit | None:
@@ -219,6 +241,7 @@ class Scheduler:
         """The next step, or None when there is nothing to compute until a plan in flight is committed."""
         works: list[Work] = []
         full: dict[bytes, int] = {}  # key -> block that this step completes
+        self._scorings, self._score_room = [], self.limits.max_scored_tokens
         self._plan_decodes(works, full)
         decodes = len(works)
         room, spent = self._room(decodes), 0
@@ -230,7 +253,7 @@ class Scheduler:
         if self._waiting:
             spent = self._admit(room, spent, works, full, now_s)
         self._prefix.name(full)
-        return Plan(works, decodes, decodes + spent) if works else None
+        return Plan(works, decodes, decodes + spent, self._scorings) if works else None
 
     def _room(self, decodes: int) -> _Room:
         """Prompt tokens for a step of so many decodes."""
@@ -238,10 +261,15 @@ class Scheduler:
         left = limits.max_num_batched_tokens - decodes
         if not decodes:
             return _Room(left, min(left, target))
-        # Whole multiples: a runner has its shapes for those.  A prompt that comes alone is taken alone: prompts taken
-        # together end together and come back together, and then each waits for all.
-        wanted = target * (1 + self._waiting_tokens // (BACKLOG * target))
-        allowance = min(left, limits.max_prefill_chunk, wanted)
+        allowance = min(left, limits.max_prefill_chunk)
+        sizes = limits.mixed_sizes
+        if sizes:
+            place = bisect_left(sizes, decodes + LEAST_CHUNK) + self._waiting_tokens // BACKLOG
+            place = min(place, len(sizes) - 1)
+            while place and sizes[place] - decodes > allowance:
+                place -= 1
+            # Less than the bounds allow, so that the step is one of those sizes: the next tokens would cost the most.
+            allowance = min(allowance, max(sizes[place] - decodes, LEAST_CHUNK))
         return _Room(allowance, allowance)
 
     def _plan_decodes(self, works: list[Work], full: dict[bytes, int]) -> None:
@@ -255,6 +283,8 @@ class Scheduler:
             known = len(sequence.tokens)
             if known + sequence.pending >= sequence.max_length:
                 continue  # its last token is under way
+            if sequence.needs_ids and sequence.pending:
+                continue  # what may follow depends on a token that is under way
             start = sequence.planned
             if start == len(sequence.blocks) * block_size and not self._grow(sequence):
                 continue
@@ -281,6 +311,10 @@ class Scheduler:
         """Plan up to allowance tokens of a PREFILL sequence; returns how many."""
         start, end = sequence.planned, len(sequence.tokens)
         count = min(allowance, end - start)
+        if sequence.scored < sequence.prompt_length:
+            count = self._score(sequence, start, count, len(works))
+            if not count:
+                return 0
         samples = start + count == end
         works.append(Work(sequence, start, count, samples, False))
         sequence.planned = start + count
@@ -290,6 +324,17 @@ class Scheduler:
             sequence.move(Cause.PROMPT_DONE)
             self._prefilling -= 1
         self._prefix.note_full(sequence, full)
+        return count
+
+    def _score(self, sequence: Sequence, start: int, count: int, work: int) -> int:
+        """Note what a chunk of up to count tokens scores; returns how many tokens this step has room to score."""
+        first = max(sequence.scored, start + 1)  # a token's score comes from the one before it
+        count = min(count, first - start - 1 + self._score_room)
+        places = range(first, min(start + count + 1, sequence.prompt_length))
+        if places:
+            self._scorings.append(Scoring(work, places))
+            self._score_room -= len(places)
+            sequence.scored = places.stop
         return count
 
     def _admit(self, room: _Room, spent: int, works: list[Work], full: dict[bytes, int], now_s: float) -> int:
@@ -308,8 +353,12 @@ class Scheduler:
             sequence = waiting[place]
             if not self._rows or len(self._running) >= most or sequence.in_flight:
                 break
-            found = self._prefix.find(sequence)
-            if len(found) < len(sequence.keys) and sequence.keys[len(found)] in full:
+            found = self._find(sequence)
+            if (
+                sequence.scored == sequence.prompt_length
+                and len(found) < len(sequence.keys)
+                and sequence.keys[len(found)] in full
+            ):
                 # This very step computes the block it needs next: one step later it is there to share.
                 place += 1
                 continue
@@ -333,12 +382,20 @@ class Scheduler:
             spent += self._plan_chunk(sequence, allowance - spent, works, full)
         return spent
 
+    def _find(self, sequence: Sequence) -> list[int]:
+        """Cached blocks to begin with: none of a token from which the next one's score is still to come."""
+        found = self._prefix.find(sequence)
+        if sequence.scored < sequence.prompt_length:
+            del found[(sequence.scored - 1) // self.limits.block_size :]
+        return found
+
     def _note_admission(self, sequence: Sequence, now_s: float) -> None:
         if sequence.cached_tokens is None:
             sequence.scheduled_s = now_s
-            sequence.cached_tokens = sequence.planned
+            # Of a continued answer more than the prompt may be found.
+            sequence.cached_tokens = min(sequence.planned, sequence.prompt_length)
             self._prefix_queries += sequence.prompt_length
-            self._prefix_hits += sequence.planned
+            self._prefix_hits += sequence.cached_tokens
 
     # ---- results ----------------------------------------------------------------------------------------------
 
@@ -347,6 +404,8 @@ class Scheduler:
         emits: list[Emit] = []
         ids, logprobs, errors = results.ids, results.logprobs, results.errors
         finished, draw = State.FINISHED, 0
+        if plan.scorings:
+            emits += self._take_scores(plan, results, now_s)
         for sequence, _, _, samples, _ in plan.works:
             sequence.in_flight -= 1
             if samples:
@@ -363,7 +422,35 @@ class Scheduler:
         self._steps += 1
         return emits
 
+    def _take_scores(self, plan: Plan, results: Results, now_s: float) -> list[Emit]:
+        """Put the step's log-probabilities of prompts aside; returns the ends of those that have none."""
+        emits: list[Emit] = []
+        at = 0
+        for scoring in plan.scorings:
+            sequence = plan.works[scoring.work].sequence
+            scores = results.scores[at : at + len(scoring.places)]
+            at += len(scoring.places)
+            if sequence.state is State.FINISHED:
+                continue
+            known = [score for score in scores if score is not None]
+            if len(known) < len(scoring.places):
+                message = "The model produced invalid numbers for this request."
+                emits.append(self._end(sequence, FinishReason.ERROR, now_s, message, spoiled=True))
+            elif sequence.scores is not None:
+                sequence.scores += known
+        return emits
+
     def _accept(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now_s: float) -> Emit:
+        emit = self._accepted(sequence, token, logprobs, now_s)
+        if sequence.scores is not None:
+            emit = emit._replace(prompt_logprobs=tuple(sequence.scores))
+            sequence.scores = None
+        return emit
+
+    def _accepted(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, now_s: float) -> Emit:
+        if not sequence.request.max_tokens:
+            self._prompt_tokens += sequence.prompt_length
+            return self._end(sequence, FinishReason.LENGTH, now_s)
         sequence.tokens.append(token)
         self._generated_tokens += 1
         if sequence.first_token_s is None:

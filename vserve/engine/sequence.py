@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -51,6 +52,9 @@ class Sequence:
     ids the host does not know yet.  in_flight: steps in flight that touch this sequence's blocks.
     blocks: blocks held, in order.  keys: prefix keys of its full blocks, as far as they were computed.  named: how
     many of its blocks the prefix cache knows.  row: its place in [0, max_num_seqs) while it holds blocks.
+    needs_ids: its next draw is planned only once the one before it is known.  scored: how many prompt tokens had
+    their log-probabilities planned, the first one included, which has none; the whole prompt where none are wanted.
+    scores: those that have come; None where none are wanted, or once they were handed on.
     """
 
     __slots__ = (
@@ -64,6 +68,7 @@ class Sequence:
         "keys",
         "max_length",
         "named",
+        "needs_ids",
         "order",
         "pending",
         "planned",
@@ -72,6 +77,8 @@ class Sequence:
         "request",
         "row",
         "scheduled_s",
+        "scored",
+        "scores",
         "seed",
         "state",
         "stop_ids",
@@ -84,10 +91,13 @@ class Sequence:
         self.order = (request.priority, arrival)
         self.seed = seed
         self.stop_ids = request.stop_ids
+        self.needs_ids = request.needs_ids
         self.deadline_s = request.deadline_s
-        self.tokens = list(request.prompt)
-        self.prompt_length = len(self.tokens)
+        self.prompt_length = len(request.prompt)
+        self.tokens = [*request.prompt, *request.continued]
         self.max_length = self.prompt_length + request.max_tokens
+        self.scored = self.prompt_length if request.prompt_logprobs is None else 1
+        self.scores: list[TokenLogprobs] | None = None if request.prompt_logprobs is None else []
         self.state = State.WAITING
         self.finish: FinishReason | None = None
         self.planned = 0
@@ -132,6 +142,16 @@ class Work(NamedTuple):
     from_row: bool
 
 
+class Scoring(NamedTuple):
+    """Places of a sequence's prompt tokens whose log-probabilities are wanted, each from the token before it.
+
+    work: which of the plan's works computes those tokens before.
+    """
+
+    work: int
+    places: range
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """One step: num_decodes works of one token each, then prefill chunks.  num_tokens: all of them together."""
@@ -139,6 +159,7 @@ class Plan:
     works: list[Work]
     num_decodes: int
     num_tokens: int
+    scorings: Items[Scoring] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +167,10 @@ class Results:
     """What a step drew: ids, one a sampling work in plan order.
 
     logprobs and errors are sparse, by index into ids.  An id with an error is meaningless: its sequence ends.
+    scores: of the prompt tokens that the plan wants scored, in its order; None where there are no valid numbers.
     """
 
     ids: list[int]
     logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)
     errors: Mapping[int, str] = field(default_factory=dict)
+    scores: Items[TokenLogprobs | None] = ()

@@ -1,12 +1,14 @@
-"""Special draws on a GPU: those with penalties, biases, a ban on stop ids, or log-probabilities to report.
+"""Special draws on a GPU: those with penalties, biases, ids that may not be drawn, or log-probabilities to report.
 
 A step draws all its tokens by temperature and filters alone; the few that need more are drawn again here, behind it on
 the same stream, from the same logits.  Owns the tables that these draws need and the counts of the tokens that
-penalised sequences have generated.  G only; nothing here waits for the device.
+penalised sequences have generated.  Masks are made on the host, while the device computes the step they belong to.
+G only; nothing here waits for the device.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Final
@@ -15,12 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vserve.engine.request import TokenLogprobs
+from vserve.engine.constraint import DrawMask, is_masked
+from vserve.engine.request import RequestFault, TokenLogprobs
+from vserve.engine.sampler import NOTHING_LEFT
 from vserve.engine.sequence import Sequence
+from vserve.errors import BadRequest
 from vserve.kernels import sampling
 from vserve.kernels.rows import Inputs, Rows
 
-CANNOT_DRAW: Final = "Bias, penalties and min_tokens leave this request no token to draw."
+log = logging.getLogger(__name__)
+
+CANNOT_DRAW: Final = RequestFault(NOTHING_LEFT)
 _FIRST_PLACES: Final = 8
 _FIRST_WIDTH: Final = 16
 
@@ -33,6 +40,7 @@ def is_special(sequence: Sequence) -> bool:
         or bool(params.logit_bias)
         or params.logprobs is not None
         or bool(request.min_tokens and request.stop_ids)
+        or is_masked(request)
     )
 
 
@@ -64,6 +72,15 @@ class Answers:
         return found
 
 
+def answers_for(draws: list[int], tops: list[int | None], raw: Tensor, ids: Tensor) -> Answers:
+    """What is asked for of ids [K] int64, drawn or read from raw [K, V] float32: on its way to the host."""
+    scores, ranks = sampling.token_logprobs(raw, ids.clamp(min=0))
+    most = min(max(top or 0 for top in tops), raw.shape[1])
+    best, best_ids = raw.topk(most, dim=1)
+    best = best - raw.logsumexp(1, keepdim=True)
+    return Answers(draws, tops, _fetch(scores), _fetch(ranks), _fetch(best_ids), _fetch(best))
+
+
 class SpecialDraws:
     """The tables of special rows, by place; a row keeps its place until another sequence takes the row."""
 
@@ -72,11 +89,13 @@ class SpecialDraws:
         self._device = device
         self._places: dict[int, int] = {}  # row -> place
         self._free = list(range(_FIRST_PLACES - 1, -1, -1))
+        self._masks: dict[int, DrawMask] = {}  # row -> what may be drawn there, where not everything may
         self._counts: Tensor | None = None  # [places, V] int32, made when the first penalty comes
         self._make(_FIRST_PLACES, _FIRST_WIDTH, _FIRST_WIDTH)
 
     def enter(self, sequence: Sequence, row: int) -> bool:
         """A sequence takes a row; True if its draws are special.  ValueError for a token outside the vocabulary."""
+        self._masks.pop(row, None)
         place = self._places.pop(row, None)
         if place is not None:
             self._free.append(place)
@@ -87,6 +106,9 @@ class SpecialDraws:
             raise ValueError("logit_bias names a token outside the vocabulary")
         bias = dict(params.logit_bias)
         banned = sorted(token for token in request.stop_ids if 0 <= token < self._vocab)
+        if is_masked(request):
+            self._masks[row] = DrawMask(sequence, self._vocab)
+            banned = []  # the mask sees to it
         self._reserve(len(bias), len(banned))
         place = self._free.pop()
         self._places[row] = place
@@ -168,6 +190,9 @@ class SpecialDraws:
         raw = logits.index_select(0, at)
         changed = raw.clone()
         sampling.bias_and_ban(changed, state, lengths, self._bias_ids, self._biases, self._banned, self._free_from)
+        masks = self._bits(special)
+        if masks is not None:
+            changed.masked_fill_(masks, float("-inf"))
         if self._counts is not None:
             sampling.penalise(changed, counted, self._counts, self._repetition, self._presence, self._frequency)
         ids = sampling.sample(
@@ -186,14 +211,28 @@ class SpecialDraws:
         tops = [one.logprobs for one in params]
         if all(top is None for top in tops):
             return None
-        return self._answers(draws, tops, raw, ids)
+        return answers_for(draws, tops, raw, ids)
 
-    def _answers(self, draws: list[int], tops: list[int | None], raw: Tensor, ids: Tensor) -> Answers:
-        scores, ranks = sampling.token_logprobs(raw, ids.clamp(min=0))
-        most = min(max(top or 0 for top in tops), self._vocab)
-        best, best_ids = raw.topk(most, dim=1)
-        best = best - raw.logsumexp(1, keepdim=True)
-        return Answers(draws, tops, self._fetch(scores), self._fetch(ranks), self._fetch(best_ids), self._fetch(best))
+    def _bits(self, special: Items[tuple[int, Sequence, int]]) -> Tensor | None:
+        """Where these draws may not go, [K, V] bool on the device; None if they may go anywhere."""
+        if not any(_row(sequence) in self._masks for _, sequence, _ in special):
+            return None
+        packed = np.full((len(special), -(-self._vocab // 8)), 255, np.uint8)
+        for place, (_, sequence, length) in enumerate(special):
+            mask = self._masks.get(_row(sequence))
+            if mask is not None:
+                try:
+                    packed[place] = mask.bits(length)
+                except BadRequest:  # with nothing to draw, the request ends
+                    packed[place] = 0
+                except Exception:
+                    log.exception("a constraint failed for one request")
+                    packed[place] = 0
+        bits = torch.from_numpy(packed)
+        if self._device.type != "cpu":
+            bits = bits.pin_memory().to(self._device, non_blocking=True)
+        places = torch.arange(8, dtype=torch.uint8, device=self._device)
+        return ((bits[:, :, None] >> places) & 1).view(len(special), -1)[:, : self._vocab] == 0
 
     def _upload(self, numbers: list[list[int]]) -> tuple[Tensor, ...]:
         packed = torch.tensor(numbers, dtype=torch.int64)
@@ -201,11 +240,12 @@ class SpecialDraws:
             packed = packed.pin_memory().to(self._device, non_blocking=True)
         return packed.unbind(0)
 
-    def _fetch(self, tensor: Tensor) -> Tensor:
-        if tensor.device.type == "cpu":
-            return tensor
-        # The allocator of pinned memory keeps it until the copy has been made.
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+def _fetch(tensor: Tensor) -> Tensor:
+    if tensor.device.type == "cpu":
+        return tensor
+    # The allocator of pinned memory keeps it until the copy has been made.
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _row(sequence: Sequence) -> int:

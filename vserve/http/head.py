@@ -189,9 +189,13 @@ def _parse_framing(line: RequestLine, headers: Headers) -> tuple[int | None, boo
             raise BadRequest("Content-Length and Transfer-Encoding exclude each other.")
         if line.version == (1, 0):  # 6.1: faulty framing
             raise BadRequest("HTTP/1.0 has no Transfer-Encoding.")
-        codings = _list(coding)
+        # Not _list: an empty element is refused although RFC 9110 5.6.1.2 lets it pass.  A peer in front that reads
+        # only the first of two lines sees another framing than one that joins them.
+        codings = [item.strip(" \t") for item in coding.lower().split(",")]
         if codings == ["chunked"]:
             return None, True
+        if "" in codings:
+            raise BadRequest("Transfer-Encoding has an empty element.")
         if codings.count("chunked") != 1 or codings[-1] != "chunked":  # 6.3 (4): the length cannot be known
             raise BadRequest("Transfer-Encoding must end with one chunked.")
         raise NotImplementedMethod("Of the transfer codings only chunked is implemented.")  # 6.1

@@ -60,6 +60,15 @@ class Decoder:
         if self._threads is not None:
             self._threads.limit = lambda: sharing.step_threads
 
+    @property
+    def num_layers(self) -> int:
+        return len(self._blocks)
+
+    @property
+    def vocab_size(self) -> int:
+        """The width of the logits."""
+        return self.config.vocab_size
+
     def new_cache(self, num_blocks: int, block_size: int) -> KvCache:
         """Zeroed pages of block_size tokens for every layer; on a CPU a page takes memory when it is first written."""
         shape = (num_blocks, block_size, 2, self.config.num_kv_heads, self.config.head_dim)

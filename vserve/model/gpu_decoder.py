@@ -57,6 +57,12 @@ class GpuDecoder(Decoder):
         """cos and sin [max_position, R * head_dim / 2] float32."""
         return self._cos, self._sin
 
+    def ends(self) -> GpuDecoder:
+        """The last layer and the first of each other kind: they launch every kernel that all of them launch."""
+        kinds = {(block.window, block.rotation, type(block.mlp)): block for block in reversed(self._blocks[:-1])}
+        blocks = (*reversed(kinds.values()), self._blocks[-1])
+        return GpuDecoder(self.config, self._embedding, blocks, self._norm, self._head, self._positions)
+
     @torch.inference_mode()
     def forward(self, step: Step, cache: KvCache) -> Tensor:
         """As Decoder.forward."""

@@ -11,6 +11,7 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import Final, Protocol
@@ -37,9 +38,10 @@ from vserve.model.layers import (
     StoredEmbedding,
     rotary_order,
 )
-from vserve.model.linear import GroupedLinear, Linear, dense_linear, has_grouped
+from vserve.model.linear import GroupedLinear, Linear, PlainLinear, dense_linear, has_grouped
 from vserve.model.source import ModelSource
 from vserve.model.tensors import check, expected_shapes, linear_numbers
+from vserve.model.upload import MOST_THREADS, Uploader
 from vserve.model.weights import StoredTensor, Weights
 
 Progress = Callable[[int, int], None]
@@ -83,12 +85,22 @@ def load_weights(
     progress: Progress | None = None,
     dense_copy_limit: int = DENSE_COPY_LIMIT,
     allow_nan: bool = False,
+    for_gpu: bool | None = None,
 ) -> Decoder:
-    """The decoder of config with the tensors of weights; errors as in load."""
+    """The decoder of config with the tensors of weights; errors as in load.
+
+    for_gpu: in the form for a GPU, whatever the device: on a CPU its kernels are interpreted.  None: by the device.
+    """
+    for_gpu = device.type == "cuda" if for_gpu is None else for_gpu
     names = check(weights, config)
     copies = 4 * linear_numbers(config) <= dense_copy_limit
-    parts = _StoredParts(weights, config, names, device, dtype, copies)
-    decoder = _build(parts, config, names, progress)
+    if device.type != "cuda":
+        parts = _StoredParts(weights, config, names, device, dtype, copies, for_gpu)
+        decoder = _build(parts, config, names, progress)
+    else:
+        with closing(Uploader(device)) as uploader:
+            parts = _StoredParts(weights, config, names, device, dtype, copies, for_gpu, uploader)
+            decoder = _build(parts, config, names, progress, MOST_THREADS)
     if not allow_nan:
         parts.verify()
     return decoder
@@ -111,7 +123,7 @@ class _Parts(Protocol):
     """Where the pieces of a decoder come from.  Called on several threads at once."""
 
     total_bytes: int
-    device: torch.device
+    for_gpu: bool
 
     @property
     def done_bytes(self) -> int: ...
@@ -138,13 +150,16 @@ class _Parts(Protocol):
         """The embedding and the head, without their projections."""
 
 
-def _build(parts: _Parts, config: ModelConfig, names: Names, progress: Progress | None) -> Decoder:
+def _build(
+    parts: _Parts, config: ModelConfig, names: Names, progress: Progress | None, most_threads: int | None = None
+) -> Decoder:
     """One layer on each thread at a time: what is done to a layer is many operations too small to share."""
     threads = torch.get_num_threads()
+    loaders = threads if most_threads is None else min(threads, most_threads)
     blocks = []
     make = partial(_block, parts, config, names, rotary_order(config))
     try:
-        with ThreadPoolExecutor(threads, "loader", torch.set_num_threads, (1,)) as pool:
+        with ThreadPoolExecutor(loaders, "loader", torch.set_num_threads, (1,)) as pool:
             ends = pool.submit(_ends, parts, config, names)
             for block in pool.map(make, range(config.num_layers)):
                 blocks.append(block)
@@ -160,7 +175,7 @@ def _build(parts: _Parts, config: ModelConfig, names: Names, progress: Progress 
         positions = Positions(table, config.position_offset)
     if progress is not None:
         progress(parts.total_bytes, parts.total_bytes)
-    if parts.device.type == "cuda":
+    if parts.for_gpu:
         from vserve.model.gpu_decoder import GpuDecoder  # its kernels need Triton, which torch for CPUs comes without
 
         return GpuDecoder(config, embedding, blocks, norm, head, positions)
@@ -211,7 +226,7 @@ def _experts(parts: _Parts, config: ModelConfig, names: Names, prefix: str) -> E
     assert wanted is not None
     routing = Routing(parts.linear(prefix + names.router), wanted.active, wanted.normalised)
     inside = [prefix + names.expert.format(number) for number in range(wanted.count)]
-    if parts.device.type != "cuda":
+    if not parts.for_gpu:
         gate_up = [parts.linear(*(expert + name for name in names.expert_gate_up)) for expert in inside]
         return GroupedExperts(
             routing, gate_up, [parts.linear(expert + names.expert_down) for expert in inside], reference.silu_mul
@@ -237,16 +252,20 @@ class _StoredParts:
         device: torch.device,
         dtype: torch.dtype,
         copies: bool,
+        for_gpu: bool,
+        uploader: Uploader | None = None,
     ) -> None:
+        self.for_gpu = for_gpu
         self._weights = weights
+        self._uploader = uploader
         self._config = config
         self._names = names
         self.device = device
         self._dtype = dtype
-        self._grouped = has_grouped(device, dtype)
+        self._grouped = not for_gpu and has_grouped(device, dtype)
         self._copies = copies
         self._taken: list[int] = []
-        self._sums: list[tuple[tuple[str, ...], Tensor]] = []
+        self._noted: list[tuple[tuple[str, ...], Tensor]] = []
         self.total_bytes = weights.total_bytes
 
     @property
@@ -274,8 +293,7 @@ class _StoredParts:
         ]
         bias = torch.cat(biases) if biases else None
         if order is not None:
-            if len(stored) > 1:
-                return self._ordered(stored, bias, order)
+            assert len(stored) == 1, "rows that change places are those of one fused projection"
             stored = [stored[0].select_rows(order)]
             bias = None if bias is None else bias[order]
         return self._linear(stored, None if bias is None else bias.to(self.device))
@@ -289,20 +307,18 @@ class _StoredParts:
     def ends(self) -> tuple[Embedding, Linear]:
         stored = self._take(f"{self._names.base}{self._names.embedding}.weight", turned=False)
         if self._config.tie_embeddings:
-            table = None if self.device.type == "cpu" else self._dense([stored])
-            head = self._linear([stored], None) if table is None else dense_linear(table)
+            table = self._dense([stored]) if self.for_gpu else None
+            head = self._linear([stored], None) if table is None else PlainLinear(table)
             return self._embedding(stored, table), head
         head = self._linear([self._take(f"{self._names.head}.weight", turned=False)], None)
         return self._embedding(stored, None), head
 
     def verify(self) -> None:
         """StartupError naming a tensor that has a NaN or an infinity, in the file or for want of range in the dtype."""
-        if not self._sums:
-            return
-        # One number a tensor, added up in float32 on its device: any NaN or infinity is still there.
-        bad = ~torch.stack([total for _, total in self._sums]).isfinite().cpu()
-        for place in bad.nonzero().flatten().tolist():
-            for name in self._sums[place][0]:
+        # One number a tensor, added up in float32: any NaN or infinity is still there.
+        totals = torch.stack([numbers.sum(dtype=torch.float32).to(self.device) for _, numbers in self._noted])
+        for place in totals.isfinite().logical_not().nonzero().flatten().tolist():
+            for name in self._noted[place][0]:
                 numbers = self._weights.get(name).dense(torch.float32)
                 if not numbers.isfinite().all():
                     raise StartupError(
@@ -330,18 +346,20 @@ class _StoredParts:
         return vector
 
     def _note(self, names: tuple[str, ...], numbers: Tensor) -> None:
-        self._sums.append((names, numbers.sum(dtype=torch.float32)))
+        # On a GPU the numbers may still be on their way: they are added up at the end, and kept by the decoder anyway.
+        self._noted.append((names, numbers.sum(dtype=torch.float32) if numbers.device.type == "cpu" else numbers))
 
     def _embedding(self, stored: StoredTensor, table: Tensor | None) -> Embedding:
         """The rows as they are stored, in memory of our own; table: one already on the device, to share."""
-        if stored.quantised and self.device.type == "cpu":
+        if stored.quantised and not self.for_gpu:
             return StoredEmbedding(stored.select_rows(torch.arange(stored.shape[0])), self._dtype)
         if table is None:
-            table = stored.dense(self._dtype if stored.quantised else stored.data.dtype).to(self.device)
-            self._note((stored.name,), table)
+            table = self._dense([stored], self._dtype if stored.quantised else stored.data.dtype)
         return DenseEmbedding(table, self._dtype)
 
     def _linear(self, stored: Sequence[StoredTensor], bias: Tensor | None) -> Linear:
+        if self.for_gpu:
+            return PlainLinear(self._dense(stored), bias)
         if not (self._grouped and all(quant.can_group(part.kind) for part in stored)):
             return dense_linear(self._dense(stored), bias)
         q, scale, minimum = (torch.cat(part) for part in zip(*map(quant.unpack_groups, stored), strict=True))
@@ -351,22 +369,21 @@ class _StoredParts:
         many = dense_linear(self._dense(stored), bias) if self._copies else None
         return GroupedLinear(q, scale, minimum, bias, many)
 
-    def _ordered(self, stored: Sequence[StoredTensor], bias: Tensor | None, order: Tensor) -> Linear:
-        """Several weights whose rows change places across them: dense, whatever they are stored as."""
-        places = order.to(self.device)
-        bias = None if bias is None else bias[order].to(self.device)
-        return dense_linear(self._dense(stored).index_select(0, places), bias)
-
-    def _dense(self, stored: Sequence[StoredTensor]) -> Tensor:
-        """The numbers of all parts one below the other, [sum of rows, cols], on the device."""
-        weight = self.empty(sum(part.shape[0] for part in stored), stored[0].shape[1])
+    def _dense(self, stored: Sequence[StoredTensor], dtype: torch.dtype | None = None) -> Tensor:
+        """The numbers of all parts one below the other, [sum of rows, cols], on the device; dtype None: the model's."""
+        rows = sum(part.shape[0] for part in stored)
+        weight = torch.empty((rows, stored[0].shape[1]), dtype=dtype or self._dtype, device=self.device)
         self._fill(weight, stored)
         return weight
 
     def _fill(self, weight: Tensor, stored: Sequence[StoredTensor]) -> None:
         start = 0
         for part in stored:
-            weight[start : start + part.shape[0]] = part.dense(self._dtype)
+            target = weight[start : start + part.shape[0]]
+            if self._uploader is None:
+                part.write_rows(0, part.shape[0], target)
+            else:
+                self._uploader.rows(target, part.write_rows)
             start += part.shape[0]
         self._note(tuple(part.name for part in stored), weight)
 
@@ -379,6 +396,7 @@ class _DummyParts:
         self._config = config
         self._names = names
         self.device = device
+        self.for_gpu = device.type == "cuda"
         self._dtype = dtype
         self._seed = seed
         self._drawn: list[int] = []

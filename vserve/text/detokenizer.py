@@ -20,17 +20,23 @@ class Detokenizer:
     The pieces of push and the last of flush, joined, equal ``tokenizer.decode`` of all the ids, and no piece ends
     inside a character.  With continuation the ids continue a prompt, so that a leading space, which decode strips for
     SentencePiece vocabularies, is kept (not where the style is WINDOW: there the library strips what it strips).
+    shown are special ids whose text is kept all the same.
     """
 
-    __slots__ = ("_pending", "_skip_special", "_strip", "_table", "_tokenizer", "_window")
+    __slots__ = ("_pending", "_strip", "_table", "_window")
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, continuation: bool = False) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special = skip_special
-        self._table = tokenizer.byte_table(skip_special=skip_special)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special: bool = True,
+        continuation: bool = False,
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
+        self._table = tokenizer.byte_table(skip_special=skip_special, shown=shown)
         self._pending = b""
         self._strip = tokenizer.style is DecodeStyle.BYTES_STRIPPED and not continuation
-        self._window = _Window(tokenizer, skip_special) if tokenizer.style is DecodeStyle.WINDOW else None
+        self._window = _Window(tokenizer, skip_special, shown) if tokenizer.style is DecodeStyle.WINDOW else None
 
     def push(self, ids: Sequence[int]) -> str:
         """Take the next ids; return the text that is certain now, "" while a character is incomplete.
@@ -44,7 +50,7 @@ class Detokenizer:
             # One id a push is what a stream that keeps up does.
             data = table[ids[0]] if len(ids) == 1 else b"".join([table[id] for id in ids])
         except IndexError:
-            data = self._tokenizer.join_bytes(ids, skip_special=self._skip_special)
+            data = b"".join([table[id] for id in ids if id < len(table)])
         if self._pending:
             data = self._pending + data
             self._pending = b""
@@ -82,16 +88,18 @@ class _Window:
     released, so a push costs the same however long the stream is.
     """
 
-    __slots__ = ("_ids", "_seen", "_skip_special", "_tokenizer")
+    __slots__ = ("_hidden", "_ids", "_seen", "_skip_special", "_tokenizer")
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool, shown: frozenset[int]) -> None:
         self._tokenizer = tokenizer
-        self._skip_special = skip_special
+        # The library leaves out all special tokens or none: where some are shown, the others are left out here.
+        self._hidden = tokenizer.special_ids - shown if skip_special and shown else frozenset()
+        self._skip_special = skip_special and not shown
         self._ids: list[int] = []
         self._seen = 0
 
     def push(self, ids: Sequence[int]) -> str:
-        return "".join([self._push_one(id) for id in ids])
+        return "".join([self._push_one(id) for id in ids if id not in self._hidden])
 
     def flush(self) -> str:
         return self._release(self._decode(self._ids))

@@ -16,12 +16,17 @@ class GrammarKind(enum.Enum):
     JSON_SCHEMA = "json_schema"  # the source is a JSON Schema
     REGEX = "regex"
     CHOICE = "choice"  # the source is a JSON list of strings
-    LARK = "grammar"  # the source is a grammar in Lark's notation
+    LARK = "grammar"  # the source is a grammar in Lark's notation, or in GBNF (with "::=")
 
 
 @dataclass(frozen=True, slots=True)
 class GrammarSpec:
-    """One grammar that an answer must follow, as text; two equal ones compile to the same."""
+    """One grammar that an answer must follow, as text; two equal ones compile to the same.
+
+    whitespace: for JSON, the regular expression of what may stand between its tokens; "" for nothing, None for any
+    whitespace.
+    """
 
     kind: GrammarKind
     source: str
+    whitespace: str | None = None

@@ -49,12 +49,15 @@ class ChatTemplate:
         special_tokens: Mapping[str, str] | None = None,
         bounds: Bounds = _BOUNDS,
         now: Callable[[], datetime] = datetime.now,
+        for_tools: ChatTemplate | None = None,
     ) -> None:
         """Compile source.  Raises StartupError with the line where it is not a template.
 
         special_tokens are further named tokens that the template may use, as Tokenizer.special_tokens gives them;
-        now is the clock behind ``strftime_now``.
+        now is the clock behind ``strftime_now``.  for_tools: what the model has for conversations with tools, if that
+        is another template.
         """
+        self.for_tools = for_tools
         if len(source) > _SOURCE_LIMIT_CHARS:
             raise StartupError(f"the chat template has {len(source)} characters, more than {_SOURCE_LIMIT_CHARS}")
         self.source = source
@@ -62,6 +65,7 @@ class ChatTemplate:
         try:
             tree = self._sandbox.parse(source)
             self.content_format = _content_format(tree)
+            self._words = _words(tree)
             self._tests_string = _tests(tree, "string")
             self._tests_none = _tests(tree, "none") or _compares_with_none(tree)
             self._template = self._sandbox.from_string(with_meter(tree))
@@ -71,6 +75,10 @@ class ChatTemplate:
             raise StartupError(f"the chat template cannot be compiled: {type(error).__name__}") from None
         named = {"bos_token": bos_token, "eos_token": eos_token}
         self._named = dict(special_tokens or {}) | {name: token for name, token in named.items() if token is not None}
+
+    def knows(self, word: str) -> bool:
+        """Whether the template has a use for a variable or an attribute of this name."""
+        return word in self._words
 
     def render(
         self,
@@ -217,6 +225,14 @@ def _is_content(node: nodes.Node | None, names: Collection[str]) -> bool:
     if isinstance(node, nodes.Getitem):
         return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
     return isinstance(node, nodes.Name) and node.name in names
+
+
+def _words(tree: nodes.Template) -> frozenset[str]:
+    """Every variable, attribute and short constant string of the template."""
+    names = {node.name for node in tree.find_all(nodes.Name) if node.ctx == "load"}
+    names |= {node.attr for node in tree.find_all(nodes.Getattr)}
+    texts = (node.value for node in tree.find_all(nodes.Const))
+    return frozenset(names | {text for text in texts if isinstance(text, str) and text.isidentifier()})
 
 
 def _tests(tree: nodes.Template, name: str) -> bool:

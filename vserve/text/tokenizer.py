@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final, Self
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from vserve.errors import BadRequest, StartupError, shorten
 
@@ -77,6 +77,10 @@ class Tokenizer:
         self._visible_bytes = list(self._bytes)
         for id in self.special_ids:
             self._visible_bytes[id] = b""
+        # Byte-level vocabularies may lack a byte that hardly any text has: the library leaves it out.
+        self._lost = bytes({*range(256)} - {piece[0] for piece in self._bytes if len(piece) == 1})
+        self._most_bytes = _most_bytes_of_a_token(core, self._bytes, self._lost)
+        self._partly_visible: dict[frozenset[int], list[bytes]] = {}
 
     @classmethod
     def from_folder(cls, folder: Path, *, generation_config: Mapping[str, object] | None = None) -> Self:
@@ -140,6 +144,9 @@ class Tokenizer:
             return core.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
         except TypeError:
             raise BadRequest(f"text {shorten(text)} is not valid Unicode: it holds a lone surrogate") from None
+        except BaseException as error:
+            _check_panic(error)
+            raise
 
     def encode_batch(self, texts: Sequence[str], *, add_special: bool = True) -> list[list[int]]:
         """The ids of each text, computed on all cores; otherwise as encode."""
@@ -147,6 +154,9 @@ class Tokenizer:
             encodings = self._core.encode_batch_fast(list(texts), add_special_tokens=add_special)
         except TypeError:
             raise BadRequest("a text is not valid Unicode: it holds a lone surrogate") from None
+        except BaseException as error:
+            _check_panic(error)
+            raise
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
@@ -163,11 +173,29 @@ class Tokenizer:
     def decode_with_library(self, ids: Sequence[int], *, skip_special: bool) -> str:
         """What the tokenizers library makes of ids: the only way where style is WINDOW.  Holds the GIL."""
         known = [id for id in ids if 0 <= id < self.vocab_size]
-        return str(self._core.decode(known, skip_special_tokens=skip_special))
+        try:
+            return str(self._core.decode(known, skip_special_tokens=skip_special))
+        except BaseException as error:
+            _check_panic(error)
+            raise
 
-    def byte_table(self, *, skip_special: bool) -> Sequence[bytes]:
-        """The bytes of every id, [vocab_size]; empty for special ids with skip_special.  Shared: read only."""
-        return self._visible_bytes if skip_special else self._bytes
+    def byte_table(self, *, skip_special: bool, shown: frozenset[int] = frozenset()) -> Sequence[bytes]:
+        """The bytes of every id, [vocab_size]; empty for special ids with skip_special.  Shared: read only.
+
+        shown are special ids that keep their bytes all the same.  A table is kept for each set: the server's own few,
+        never a client's choice.
+        """
+        if not skip_special:
+            return self._bytes
+        if not shown:
+            return self._visible_bytes
+        table = self._partly_visible.get(shown)
+        if table is None:
+            table = list(self._visible_bytes)
+            for id in shown:
+                table[id] = self._bytes[id]
+            self._partly_visible[shown] = table
+        return table
 
     def join_bytes(self, ids: Iterable[int], *, skip_special: bool) -> bytes:
         """The bytes of ids, joined; an id outside the vocabulary has none."""
@@ -200,6 +228,16 @@ class Tokenizer:
                 f"the tokenizer does not match the model: it has {self.vocab_size} tokens, the model {model_vocab_size}"
             )
 
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens that encoding text is sure to reach, without encoding it.
+
+        The length in bytes over that of the longest token; 0 for vocabularies where bytes may get lost on the way.
+        """
+        if self._most_bytes is None:
+            return 0
+        data = text.encode("utf-8", "surrogatepass")
+        return -(-len(data.translate(None, self._lost)) // self._most_bytes)
+
     def _literal_core(self) -> tokenizers.Tokenizer:
         """A twin that reads special tokens as ordinary text, made when first asked for.
 
@@ -211,6 +249,50 @@ class Tokenizer:
                 twin.encode_special_tokens = True
                 self._literal = twin
             return self._literal
+
+
+_COMPOSING: Final = 3
+"""NFC makes at most so many bytes into one: U+0390, two bytes, is six when it is written out."""
+_MOST_LOST: Final = 64
+"""A vocabulary that lacks more bytes than this is not one of bytes."""
+_KEEPS_BYTES: Final = frozenset({"ByteLevel", "Digits", "Split", "Punctuation", "Metaspace"})
+
+
+_NOT_IN_UTF8: Final = bytes((0xC0, 0xC1, *range(0xF5, 0x100)))
+
+
+def _most_bytes_of_a_token(core: tokenizers.Tokenizer, token_bytes: Sequence[bytes], lost: bytes) -> int | None:
+    """The most bytes of text, less the lost ones, that one token can stand for; None where that is unknown.
+
+    Known only where no step drops text: a BPE of bytes, no token that takes the spaces beside it.
+    """
+    if not isinstance(core.model, models.BPE) or len(lost) > _MOST_LOST:
+        return None
+    if any(token.lstrip or token.rstrip for token in core.get_added_tokens_decoder().values()):
+        return None
+    if any(step.get("type") not in _KEEPS_BYTES or _removes(step) for step in _steps(core.pre_tokenizer)):
+        return None
+    factor = 1
+    for step in _steps(core.normalizer):
+        kind = step.get("type")
+        if kind == "NFC" and not lost.strip(_NOT_IN_UTF8):
+            factor = _COMPOSING
+        elif kind != "Prepend" and not (kind == "Replace" and step.get("content") == _SPACE):
+            return None
+    return factor * max(map(len, token_bytes))
+
+
+def _steps(part: pre_tokenizers.PreTokenizer | normalizers.Normalizer | None) -> list[dict[str, object]]:
+    """What a part of the tokenizer does, one step after the other; an unreadable one is a step without a type."""
+    if part is None:
+        return []
+    state: dict[str, object] = json.loads(part.__getstate__())
+    nested = state.get("pretokenizers", state.get("normalizers"))
+    return nested if isinstance(nested, list) else [state]
+
+
+def _removes(step: dict[str, object]) -> bool:
+    return str(step.get("behavior", "")).lower() == "removed"
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -305,6 +387,12 @@ def _latin1_or(spelled: str, piece: str) -> bytes:
         return piece.encode()
 
 
+def _check_panic(error: BaseException) -> None:
+    """Raise RuntimeError if error is a panic of the library: a BaseException, which nobody expects of a bug."""
+    if type(error).__name__ == "PanicException":
+        raise RuntimeError(f"the tokenizers library gave up: {one_line(error)}") from None
+
+
 def _read_core(folder: Path) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -316,7 +404,11 @@ def _read_core(folder: Path) -> tokenizers.Tokenizer:
         raise StartupError(f"{folder} has no tokenizer.json")
     data = _read_limited(path)
     try:
-        return tokenizers.Tokenizer.from_buffer(data)
+        try:
+            return tokenizers.Tokenizer.from_buffer(data)
+        except BaseException as error:
+            _check_panic(error)
+            raise
     except Exception as error:  # the library raises bare Exception for whatever its parser dislikes
         raise StartupError(f"{path} is not a tokenizer file: {one_line(error)}") from None
 
@@ -390,6 +482,11 @@ def _named_tokens(config: Mapping[str, object]) -> dict[str, str]:
 
 def _id_of(core: tokenizers.Tokenizer, token: str | None) -> int | None:
     return None if token is None else core.token_to_id(token)
+
+
+def eos_ids_in(generation_config: Mapping[str, object], vocab_size: int) -> frozenset[int]:
+    """The end-of-text ids that generation_config.json names, as far as the model has them."""
+    return frozenset(id for id in _eos_ids(generation_config) if id < vocab_size)
 
 
 def _eos_ids(generation_config: Mapping[str, object]) -> set[int]:
