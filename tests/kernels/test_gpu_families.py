@@ -52,6 +52,7 @@ def prompt(length: int) -> list[int]:
     return torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(length)).tolist()
 
 
+@pytest.mark.oracle("gpu")
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_those_of_transformers(name: str) -> None:
     ours = family(name).gpu()

@@ -80,6 +80,7 @@ def test_every_family_with_a_gguf_form_is_tested() -> None:
     assert {family.gguf.name for family in FAMILIES if family.gguf is not None} == set(SETTINGS)
 
 
+@pytest.mark.oracle("gguf")
 @pytest.mark.parametrize("name", SETTINGS)
 def test_logits_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
     case, changes = SETTINGS[name]
