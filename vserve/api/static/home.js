@@ -176,7 +176,7 @@ function figure(count, began, first) {
 function busy(now) {
   at("send").disabled = now;
   at("stop").disabled = !now;
-  at("clear").disabled = now || turns.length === 0;
+  at("clear").disabled = now || !document.querySelector(".turn");
   at("log").setAttribute("aria-busy", String(now));
 }
 
