@@ -33,19 +33,35 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
         frozenset({"errors", "engine.policy", "model", "kernels", "observe"}),
         frozenset({"torch", "numpy"}),
     ),
-    "observe": (frozenset({"errors"}), frozenset({"prometheus_client"})),
+    "observe": (frozenset({"errors"}), frozenset({"prometheus_client", "opentelemetry"})),
+    "build": (frozenset(), frozenset()),
     "scale": (frozenset({"errors"}), frozenset()),
     "bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
     "encoder_bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
     "store": (frozenset({"errors"}), frozenset()),
+    "oauth.grants": (frozenset({"errors"}), frozenset()),
+    "oauth": (frozenset({"errors", "oauth.grants"}), frozenset({"jwt", "cryptography"})),
     "api": (
         frozenset(
-            {"http", "text", "bridge", "encoder_bridge", "engine.policy", "errors", "observe", "scale", "store", ""}
+            {
+                "build",
+                "http",
+                "text",
+                "bridge",
+                "encoder_bridge",
+                "engine.policy",
+                "errors",
+                "oauth.grants",
+                "observe",
+                "scale",
+                "store",
+                "",
+            }
         ),
         frozenset({"orjson"}),
     ),
 }
-NO_ASYNCIO = frozenset({"text", "kernels", "model", "engine.policy", "engine.device"})
+NO_ASYNCIO = frozenset({"text", "kernels", "model", "engine.policy", "engine.device", "oauth", "oauth.grants"})
 
 
 def layer(parts: tuple[str, ...]) -> str:
@@ -54,6 +70,8 @@ def layer(parts: tuple[str, ...]) -> str:
         return ""
     if parts[1] == "engine":
         return "engine.policy" if len(parts) < 3 or parts[2] in POLICY else "engine.device"
+    if parts[1] == "oauth":
+        return "oauth.grants" if parts[2:] == ("grants",) else "oauth"
     return parts[1]
 
 
