@@ -59,7 +59,7 @@ _QUANTISED: Final = "no test of its own: the linear layers are those of the fami
 GAPS: Final[dict[str, str]] = {
     "opt/gguf": "llama.cpp has no GGUF form of it",
     "mistral/gguf": "such files are named llama and are read as that",
-    **dict.fromkeys(("qwen3-moe/gguf", "mixtral/gguf", "phi3/gguf", "gpt2/gguf"), _REFUSED),
+    **dict.fromkeys(("qwen3-moe/gguf", "mixtral/gguf"), _REFUSED),
     **{f"{family}/{column}": _QUANTISED for family in FAMILIES for column in ("awq", "gptq", "fp8")},
 }
 """Why a cell without a test has none."""
