@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import torch
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.model.families import CASES, config_json, make
 from vserve.errors import StartupError
 from vserve.model.config import ModelConfig
 from vserve.model.memory import GIB, plan_cache
@@ -27,24 +26,14 @@ from vserve.sizing import (
 
 SMALL = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_hidden_layers": 3}
 SMALL |= {"num_key_value_heads": 2, "vocab_size": 320, "max_position_embeddings": 128}
-
-MODELS = [
-    transformers.LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"]),
-    transformers.LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"], tie_word_embeddings=True),
-    transformers.LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"], attention_bias=True, mlp_bias=True),
-    transformers.MistralConfig(**SMALL, architectures=["MistralForCausalLM"], head_dim=32),
-]
+LLAMA: dict[str, object] = {**SMALL, "architectures": ["LlamaForCausalLM"]}
 
 
-def parameters(config: transformers.PretrainedConfig) -> int:
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters())  # a tied head counts once
-
-
-@pytest.mark.parametrize("config", MODELS, ids=lambda config: type(config).__name__)
-def test_weights_are_as_many_numbers_as_transformers_has(config: transformers.PretrainedConfig) -> None:
-    assert weight_bytes(ModelConfig.from_json(config.to_dict()), 2) == 2 * parameters(config)
+@pytest.mark.parametrize("name", CASES)
+def test_weights_are_as_many_numbers_as_transformers_has(name: str) -> None:
+    parameters = make(CASES[name]).parameters()  # a tied head counts once
+    wanted = sum(parameter.numel() for parameter in parameters)
+    assert weight_bytes(ModelConfig.from_json(config_json(name)), 2) == 2 * wanted
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -69,7 +58,7 @@ def test_quantised_layers_take_what_their_published_tensors_take(method: str, gr
 
 
 def test_only_the_linear_layers_of_the_blocks_are_quantised() -> None:
-    config = ModelConfig.from_json(MODELS[0].to_dict())
+    config = ModelConfig.from_json(LLAMA)
     layers = 3 * (64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 64 * 176)
     outputs = 3 * (64 + 32 + 32 + 64 + 176 + 176 + 64)
     assert weight_bytes(config, 2, Quantisation("fp8", 8)) == weight_bytes(config, 2) - layers + 4 * outputs

@@ -118,6 +118,12 @@ def pickles(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(folder / "sprung")))
 
 
+def not_a_number(folder: Path) -> None:
+    found = tensors()
+    found[NORM][3] = torch.nan
+    save_file(found, folder / "model.safetensors")
+
+
 def sparse(name: str, size: int) -> Callable[[Path], object]:
     def write(folder: Path) -> None:
         with (folder / name).open("wb") as file:
@@ -152,6 +158,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "offsets past the end": (entry(NORM, data_offsets=[1 << 50, (1 << 50) + 128]), "not a sound safetensors file"),
     "offsets the wrong way round": (entry(NORM, data_offsets=[128, 0]), "not a sound safetensors file"),
     "pickles": (pickles, "'pytorch_model.bin' may be a pickle, which can run code and is never loaded; convert"),
+    "numbers that are none": (not_a_number, f"tensor {NORM} holds NaN or infinite numbers"),
     "a vocabulary too large": (lambda folder: tokenizer(folder, 65), "it has 65 tokens, the model 64"),
     "a configuration of a gigabyte": (sparse("config.json", 1 << 30), "longer than the limit of 16777216 bytes"),
     "a configuration without end": (text("config.json", "[" * 100_000), "not valid JSON"),
