@@ -15,7 +15,12 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def commit() -> str:
-    """The short commit of the checkout, with + when files differ from it; "unknown" outside git."""
+    """The short commit of the checkout, with + when files differ from it; "unknown" outside git.
+
+    VSERVE_COMMIT in its place: for a copy of a checkout on another machine.
+    """
+    if named := os.environ.get("VSERVE_COMMIT"):
+        return named
     try:
         name = _git("rev-parse", "--short=12", "HEAD")
         return name + ("+" if _git("status", "--porcelain", "--untracked-files=no", "--", ":!bench/results") else "")

@@ -21,10 +21,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Generic, TypeVar
 
 # In place of this folder, not beside it: bench/http.py would hide the standard library's http.
 sys.path.pop(0)
@@ -33,11 +36,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.client import Sample, closed_loop, percentile, poisson, request_bytes, summary, text_prompt
 from bench.record import ROOT, emit
 
+T = TypeVar("T")
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 START_LIMIT_S = 300.0
 CONNECTIONS = 16
 """Streams that one client process reads: more, and the client would be the limit."""
 PING_GAP_S = 0.005
+ROUND_LIMIT_S = 300.0
+"""A round that takes longer hangs: the server's stacks are shown then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +94,12 @@ def running(name: str, command: Sequence[str], port: int, ready_path: str) -> It
                 raise SystemExit(f"{name} did not start:\n{log_path.read_text()[-2000:]}")
             time.sleep(0.02)  # polling another program's start: there is nothing to wait on
         yield Target(name, port, time.perf_counter() - began, process.pid)
+    except Hung:
+        alive = "answers" if answers(port, "/ping") else "does not answer"
+        process.send_signal(signal.SIGABRT)  # vserve writes the stacks of its threads then
+        process.wait(20)
+        print(f"{name} hangs and {alive} /ping:\n{log_path.read_text()[-6000:]}", file=sys.stderr)
+        raise
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
@@ -145,17 +158,45 @@ class Round:
 
 def measure(target: Target, load: Load, seed: int) -> Round:
     """One round of the load against the target, from as many client processes as it takes."""
-    with multiprocessing.get_context("fork").Pool(clients(load) + 1) as pool:
-        stop_file = Path(os.environ.get("TMPDIR", "/tmp")) / f"bench-stop-{os.getpid()}"
-        stop_file.unlink(missing_ok=True)
-        pings = pool.apply_async(ping_until, (target.port, stop_file)) if load.ping else None
-        parts = [pool.apply_async(drive, (target.port, part, seed * 100 + i)) for i, part in enumerate(split(load))]
-        done = [part.get() for part in parts]
+    with tempfile.TemporaryDirectory(prefix="bench-stop-") as folder:
+        stop_file = Path(folder) / "stop"
+        pings = Child(ping_until, target.port, stop_file) if load.ping else None
+        parts = [Child(drive, target.port, part, seed * 100 + i) for i, part in enumerate(split(load))]
+        done = [part.result() for part in parts]
         stop_file.touch()
-        seconds = pings.get() if pings is not None else []
-        stop_file.unlink(missing_ok=True)
+        seconds = pings.result() if pings is not None else []
     samples = [sample for part, _ in done for sample in part]
     return Round(samples, max(wall for _, wall in done), seconds)
+
+
+class Hung(SystemExit):
+    """A round did not end."""
+
+
+class Child(Generic[T]):
+    """One call in a process of its own: simpler to wait for, with a limit, than a pool of them."""
+
+    def __init__(self, call: Callable[..., T], *args: object) -> None:
+        context = multiprocessing.get_context("fork")
+        self._results, theirs = context.Pipe(duplex=False)
+        self._process = context.Process(target=_answer, args=(theirs, call, args), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def result(self) -> T:
+        """What the call returned; SystemExit where the process has ended without, Hung where it does not end."""
+        if not self._results.poll(ROUND_LIMIT_S):
+            raise Hung(f"a client process has no result after {ROUND_LIMIT_S:g} s")
+        try:
+            result: T = self._results.recv()
+        except EOFError:
+            raise SystemExit("a client process failed; its error is above") from None
+        self._process.join()
+        return result
+
+
+def _answer(results: Connection, call: Callable[..., object], args: tuple[object, ...]) -> None:
+    results.send(call(*args))
 
 
 def clients(load: Load) -> int:

@@ -8,9 +8,9 @@ x [M, K], 1 <= M <= MAX_ROWS; weight [N, K] contiguous; y [M, N] (gated: [M, F])
 float32.  The RMS norm costs no pass of its own: its scale leaves the sum, and the squares are added beside the product.
 
 At these sizes the time is that of reading the weights.  One row of x (two, of a small weight): a program takes a weight
-row or two, products in plain registers.  More: the rows of x are padded to 16 and go through the matrix units.  The
-weights are read once.  Launched early (early.py), the first weights are on their way while the kernel waits: so
-weights must be older than the kernel ahead.
+row or two, products in plain registers.  More: the rows of x are padded to 16, 32 or 64 and go through the matrix
+units.  The weights are read once.  Launched early (early.py), the first weights are on their way while the kernel
+waits: so weights must be older than the kernel ahead.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,import-untyped,assignment"
@@ -27,9 +27,12 @@ from torch import Tensor
 
 from vserve.kernels.early import await_inputs, options
 
-MAX_ROWS = 16
+MAX_ROWS = 64
 SMALL = 1 << 24
 """Numbers of a weight up to which two rows of x are better off without the matrix units."""
+
+WIDE = 1 << 14
+"""Outputs from which a program takes many: fewer would not keep the chip busy."""
 
 
 class Shape(NamedTuple):
@@ -274,7 +277,7 @@ def _launch(
     assert residual is None or (residual.is_contiguous() and residual.shape == y.shape)
     vector = on_vectors(rows, weight.shape[0], width)
     if shape is None:
-        shape = vector_shape(rows, weight.shape[0], width) if vector else matrix_shape(width)
+        shape = _shape(rows, weight, gated=gated, vector=vector)
     flags = (norm is not None, bias is not None, residual is not None, gated)
     norm = x if norm is None else norm
     bias = x if bias is None else bias
@@ -288,7 +291,7 @@ def _launch(
     else:
         _matrix[grid](
             x, weight, norm, bias, residual, y, rows, num_out, x.stride(0), eps, width, *flags,
-            MAX_ROWS, shape.rows, shape.width, shape.stages, early,
+            padded(rows), shape.rows, shape.width, shape.stages, early,
             **options(shape.warps, early),
         )  # fmt: skip
     return y
@@ -308,8 +311,26 @@ def vector_shape(rows: int, num_out: int, width: int) -> Shape:
     return Shape(1, 1024, 4, 1)
 
 
-def matrix_shape(width: int) -> Shape:
-    """The shape of the work on the matrix units for a weight [N, K], as measured on an H100."""
+def padded(rows: int) -> int:
+    """Rows of x as the matrix units take them."""
+    return 16 if rows <= 16 else 32 if rows <= 32 else 64
+
+
+def _shape(rows: int, weight: Tensor, *, gated: bool, vector: bool) -> Shape:
+    num_out, width = weight.shape
+    if vector:
+        return vector_shape(rows, num_out, width)
+    if rows > 16 and weight.element_size() > 2:
+        return Shape(16, 128, 4, 2)  # the others would not fit a multiprocessor's memory
+    return matrix_shape(rows, num_out, width, gated=gated)
+
+
+def matrix_shape(rows: int, num_out: int, width: int, *, gated: bool) -> Shape:
+    """The shape of the work on the matrix units for x [M, K] and a weight [N, K], as measured on an H100."""
     if width <= 1024:
         return Shape(16, 128, 1, 6)
-    return Shape(16, 256, 2, 4) if width < 2048 else Shape(32, 256, 4, 4)
+    if rows <= 16:
+        return Shape(16, 256, 2, 4) if width < 2048 else Shape(32, 256, 4, 4)
+    if num_out >= WIDE:
+        return Shape(128, 128, 4, 4) if num_out >= 4 * WIDE and not gated else Shape(64, 128, 4, 4)
+    return Shape(32 if num_out > 2048 else 16, 256, 4, 4 if rows <= 32 else 3)

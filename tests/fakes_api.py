@@ -97,6 +97,10 @@ class Stand:
             self.url + path, json=body, headers={k.replace("_", "-"): v for k, v in headers.items()}, timeout=30
         )
 
+    def get(self, path: str, **headers: str) -> requests.Response:
+        """GET path."""
+        return requests.get(self.url + path, headers={k.replace("_", "-"): v for k, v in headers.items()}, timeout=30)
+
     def events(self, path: str, body: Mapping[str, Any]) -> list[Any]:
         """POST a streaming request: the data of every event, parsed; "[DONE]" as it is."""
         reply = self.post(path, {**body, "stream": True})
@@ -105,15 +109,23 @@ class Stand:
 
 
 def parse_events(text: str) -> list[Any]:
-    """The data of every event of a whole stream; comments are left out."""
+    """The data of every event of a whole stream; comments are left out.  An event's name must be its type."""
     events: list[Any] = []
     for block in text.split("\n\n")[:-1]:
         if block.startswith(":"):
             continue
-        assert block.startswith("data: "), block
-        data = block.removeprefix("data: ")
+        block = without_id(block)
+        name, _, data = block.rpartition("data: ")
+        assert name == "" or name.startswith("event: "), block
         events.append(data if data == "[DONE]" else json.loads(data))
+        if name:
+            assert events[-1]["type"] == name.removeprefix("event: ").strip()
     return events
+
+
+def without_id(block: str) -> str:
+    """An event less its id line."""
+    return block.partition("\n")[2] if block.startswith("id: ") else block
 
 
 def options(**changes: object) -> Options:

@@ -128,7 +128,7 @@ class FakeEngine:
             timing = Timing(request.arrival_s, now, now, now)
             emits.append(Emit(request.id, finish=FinishReason.ERROR, timing=timing, error=error))
         else:
-            self._live[request.id] = _Live(request, self._script(request), now)
+            self._live[request.id] = _Live(request, self._script(request), now, count=len(request.continued))
         return True
 
     def _step(self, live: _Live) -> Emit:

@@ -43,6 +43,12 @@ def test_nothing_is_there_that_was_not_asked_for() -> None:
         ("--max-connections", "6", "connections", 6),
         ("--max-connections-per-address", "7", "connections_per_address", 7),
         ("--body-limit", "8KiB", "body_bytes", 8192),
+        ("--max-bytes-in-flight", "64MiB", "in_flight_bytes", 64 * 2**20),
+        ("--max-pipelined", "7", "pipelined_requests", 7),
+        ("--max-request-line-bytes", "2KiB", "request_line_bytes", 2048),
+        ("--max-header-bytes", "4096", "header_bytes", 4096),
+        ("--max-header-fields", "9", "header_count", 9),
+        ("--tls-handshake-timeout", "2.5", "tls_handshake_s", 2.5),
     ],
 )
 def test_each_bound_has_a_flag(flag: str, value: str, field: str, expected: object) -> None:

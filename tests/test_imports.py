@@ -31,10 +31,11 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
         frozenset({"torch", "numpy"}),
     ),
     "observe": (frozenset({"errors"}), frozenset({"prometheus_client"})),
+    "scale": (frozenset({"errors"}), frozenset()),
     "bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
     "encoder_bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
     "api": (
-        frozenset({"http", "text", "bridge", "encoder_bridge", "engine.policy", "errors", "observe", ""}),
+        frozenset({"http", "text", "bridge", "encoder_bridge", "engine.policy", "errors", "observe", "scale", ""}),
         frozenset({"orjson"}),
     ),
 }

@@ -21,6 +21,7 @@ from vserve.engine.loop import EngineLoop, StepRunner
 from vserve.engine.request import Emit, EngineStats, GenRequest, RequestId, SamplingParams
 from vserve.engine.runner import Runner
 from vserve.engine.scheduler import Limits, Scheduler
+from vserve.engine.shapes import MIXED_SIZES
 from vserve.errors import EngineDied, StartupError
 from vserve.model.decoder import Decoder
 from vserve.model.loader import load
@@ -99,8 +100,9 @@ def assemble(
         progress=lambda done, total: reporter.update(done, total),
     )
     dtype = _dtype(config, source, device)
-    with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as beside:
+    with ThreadPoolExecutor(2, thread_name_prefix="beside") as beside:
         words = beside.submit(_words, config, source)
+        compiler = beside.submit(_prepare_compiler, device)
         reporter.begin("loading weights")
         with _explained(device, "loading weights"):
             decoder = load(
@@ -112,6 +114,7 @@ def assemble(
                 progress=reporter.update,
             )
         tokenizer, template, grammars = words.result()
+        compiler.result()
     tokenizer.check_fits(source.config.vocab_size)
     reporter.begin("making the KV cache")
     sizes = SIZES[device.type]
@@ -124,15 +127,16 @@ def assemble(
         block_size=config.block_size,
         max_model_len=config.max_model_len,
     )
-    runner, chunk = _runner(decoder, plan, rows, tokens, reporter)
+    runner, chunk = _runner(config, decoder, plan, rows, tokens, reporter)
     limits = Limits(
         num_blocks=plan.num_blocks,
         block_size=plan.block_size,
         max_num_seqs=rows,
         max_num_batched_tokens=tokens,
         max_model_len=plan.max_model_len,
-        max_prefill_chunk=config.max_prefill_chunk or chunk,
+        max_prefill_chunk=chunk,
         prefill_target=None if device.type == "cpu" else PREFILL_TARGET,
+        mixed_sizes=() if device.type == "cpu" else MIXED_SIZES,
         prefix_caching=config.enable_prefix_caching,
         vocab_size=source.config.vocab_size,
     )
@@ -149,6 +153,13 @@ def assemble(
     return Engine(source, tokenizer, template, loop, heartbeat, plan, device, grammars)
 
 
+def _prepare_compiler(device: torch.device) -> None:
+    if device.type != "cpu":
+        from vserve.kernels import ahead
+
+        ahead.prepare()
+
+
 def _explained(device: torch.device, what: str) -> AbstractContextManager[None]:
     """Where a GPU's memory may run out: a StartupError with the numbers then."""
     if device.type == "cpu":
@@ -159,18 +170,22 @@ def _explained(device: torch.device, what: str) -> AbstractContextManager[None]:
 
 
 def _runner(
-    decoder: Decoder, plan: CachePlan, rows: int, tokens: int, reporter: Reporter
+    config: Config, decoder: Decoder, plan: CachePlan, rows: int, tokens: int, reporter: Reporter
 ) -> tuple[Runner | CudaRunner, int]:
     """The runner for the decoder's device, and the prompt tokens that a step of it should take beside decodes."""
     if decoder.device.type == "cpu":
         cache = decoder.new_cache(plan.num_blocks, plan.block_size)
-        return Runner(decoder, cache, max_num_seqs=rows, max_model_len=plan.max_model_len), CPU_CHUNK
+        runner = Runner(decoder, cache, max_num_seqs=rows, max_model_len=plan.max_model_len)
+        return runner, config.max_prefill_chunk or CPU_CHUNK
     from vserve import assemble_cuda
     from vserve.model.gpu_decoder import GpuDecoder
 
     assert isinstance(decoder, GpuDecoder)
-    runner = assemble_cuda.make_runner(decoder, plan, max_num_seqs=rows, max_tokens=tokens, reporter=reporter)
-    return runner, assemble_cuda.prefill_chunk(runner)
+    cuda = assemble_cuda.make_runner(decoder, plan, max_num_seqs=rows, max_tokens=tokens, reporter=reporter)
+    chunk = config.max_prefill_chunk or assemble_cuda.prefill_chunk(cuda)
+    cuda.leave_out(chunk)
+    assemble_cuda.capture_more(cuda)
+    return cuda, chunk
 
 
 def warm_up(runner: StepRunner, limits: Limits) -> None:

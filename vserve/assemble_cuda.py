@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Iterator
 from typing import Final
@@ -15,7 +16,7 @@ import torch
 
 from vserve.engine.cuda_runner import MAX_GRAPH_TOKENS, CudaRunner
 from vserve.engine.scheduler import MAX_SCORED_TOKENS
-from vserve.engine.shapes import MIXED_CHUNKS, Shape
+from vserve.engine.shapes import MIXED_CHUNKS, MIXED_DECODES, MIXED_SIZES, Shape
 from vserve.errors import StartupError
 from vserve.model.config import ModelConfig
 from vserve.model.gpu_decoder import GpuDecoder
@@ -28,10 +29,14 @@ LIBRARIES_BYTES: Final = 3 << 28
 """Reserved for graphs, compiled kernels and the libraries' workspaces."""
 MIXED_STEP_S: Final = 0.015
 """A step that decodes and takes in a prompt should last no longer: it is the gap that every stream then sees."""
-CHUNK_UNIT: Final = 512
+CHUNK_LEAST: Final = 256
 CHUNK_MOST: Final = 2048
 PROBE_TOKENS: Final = 512
 FIRST_DECODES: Final = (1, 8)
+MORE_GRAPHS_S: Final = 0.8
+"""Seconds of the start for graphs beyond the first ones; what is left is captured in idle moments."""
+COMPILERS: Final = 16
+"""Threads that compile kernels at a cold start."""
 
 
 def reserve_bytes(config: ModelConfig, *, max_num_seqs: int, max_tokens: int, element_bytes: int) -> int:
@@ -66,8 +71,12 @@ def make_runner(
         runner = CudaRunner(
             decoder, cache, max_num_seqs=max_num_seqs, max_model_len=plan.max_model_len, max_tokens=max_tokens
         )
-    reporter.begin("capturing CUDA graphs")
     first = first_shapes(runner)
+    reporter.begin("compiling kernels")
+    with explained("compiling kernels"):
+        compiled = runner.compile(first, min(COMPILERS, os.cpu_count() or 1))
+    log.info("%d kernels compiled or taken from the cache", compiled)
+    reporter.begin("capturing CUDA graphs")
     with explained("capturing CUDA graphs"):
         for number, shape in enumerate(first):
             began = time.perf_counter()
@@ -86,8 +95,11 @@ def first_shapes(runner: CudaRunner) -> list[Shape]:
     shapes = [Shape(size, size, 0) for size in sizes]
     tokens = min(PROBE_TOKENS, buckets.tokens[-1]) if buckets.tokens else 0
     if tokens:
-        # A whole chunk alone, and beside few and many decodes.
-        shapes += [buckets.choose(decodes, 1, tokens + decodes) for decodes in (0, min(most, 32), most)]
+        # A whole prompt alone, and the sizes that steps of few and of many decodes take.
+        shapes.append(buckets.choose(0, 1, tokens))
+        few = min(most, MIXED_DECODES[1])
+        wanted = [(few, MIXED_SIZES[0]), *((most, size) for size in MIXED_SIZES[1:3])]
+        shapes += [buckets.choose(decodes, 1, size) for decodes, size in wanted if decodes < size <= buckets.tokens[-1]]
     return shapes
 
 
@@ -95,6 +107,16 @@ def prefill_chunk(runner: CudaRunner) -> int:
     """Prompt tokens that a step of about MIXED_STEP_S takes in, by the time of one that was measured."""
     shape = runner.buckets.choose(0, 1, min(PROBE_TOKENS, runner.buckets.tokens[-1]))
     rate = shape.tokens / runner.seconds(shape)
-    chunk = max(CHUNK_UNIT // 2, min(CHUNK_MOST, int(rate * MIXED_STEP_S) // CHUNK_UNIT * CHUNK_UNIT))
-    log.info("prefill runs at %.0f tokens a second: chunks of %d tokens beside decodes", rate, chunk)
+    chunk = max(CHUNK_LEAST, min(CHUNK_MOST, int(rate * MIXED_STEP_S)))
+    log.info("prefill runs at %.0f tokens a second: at most %d tokens beside decodes", rate, chunk)
     return chunk
+
+
+def capture_more(runner: CudaRunner) -> None:
+    """Capture graphs for a moment, the likely ones first: under load each would cost every stream a pause."""
+    began = time.perf_counter()
+    with explained("capturing CUDA graphs"):
+        while time.perf_counter() - began < MORE_GRAPHS_S and runner.idle():
+            pass
+        torch.cuda.synchronize()
+    log.info("%d CUDA graphs at the start", runner.num_graphs)

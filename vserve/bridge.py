@@ -107,7 +107,7 @@ class Bridge:
         self._streams: dict[RequestId, _Stream] = {}
         self._leaving: dict[RequestId, _Stream] = {}  # cancelled, until the engine's last word on them
         self._published: deque[tuple[Sequence[Emit], EngineStats]] = deque()
-        self._wake_pending = False  # set by G, cleared by L before it drains: at most one wake-up is ever queued
+        self._wake_pending = False  # set by G, cleared by L as the wake-up runs: at most one is ever queued
         self._ready: deque[Emit] = deque()  # the round under way: at most one a stream; a callback is due while any is
         self._death: EngineDied | None = None
         self._ids = itertools.count(1)
@@ -166,6 +166,9 @@ class Bridge:
             return
 
     def _drain(self) -> None:
+        # First of all, whatever this call does: the wake-up it was is used up.  Kept standing through a round that had
+        # already taken what it stood for, it would be the last one ever, since nobody sets a flag that is set.
+        self._wake_pending = False
         if self._ready:
             # A round is under way; it drains when it is through.  Starting another now would queue a stream's tokens
             # step by step, and the backlog of a loop that is behind would grow instead of being merged.

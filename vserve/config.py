@@ -161,6 +161,7 @@ class Config:
         None, "TOML file of named keys with scopes and rates, read again on SIGHUP", "access"
     )
     strict: bool = _option(False, "refuse unknown request fields with 400 instead of listing them", "server")
+    disable_docs: bool = _option(False, "do not serve /openapi.json", "server")
     max_queue: int = _option(
         1024, "requests that may wait before new ones get 429", "server", low=1, high=1_000_000, unit="requests"
     )
@@ -178,11 +179,42 @@ class Config:
     body_limit_bytes: int = _option(
         32 * 2**20, "largest request body", "server", low=1024, high=2**31, unit="bytes", parse=parse_bytes
     )
+    max_bytes_in_flight: int = _option(
+        512 * 2**20,
+        "bytes of bodies and of replies that wait for slow clients, all together; above 90 % of it new work gets 503",
+        "server",
+        low=2**20,
+        high=2**40,
+        unit="bytes",
+        parse=parse_bytes,
+    )
+    max_pipelined: int = _option(
+        256,
+        "requests that may wait behind another one on its connection; with more it ends after the reply in hand",
+        "server",
+        low=1,
+        high=65536,
+        unit="requests",
+    )
     request_timeout_s: float | None = _option(
         None, "deadline of a request that names none", "server", low=0.001, high=86400, unit="seconds"
     )
     sse_ping_s: float = _option(
         15.0, "silence on a stream before a keep-alive comment", "server", low=0.1, high=3600, unit="seconds"
+    )
+    resume_timeout_s: float = _option(
+        60.0,
+        "time for which a broken stream can be gone on with by Last-Event-ID; 0: never, and events have no ids",
+        "server",
+        low=0,
+        high=86400,
+        unit="seconds",
+    )
+    resume_streams: int = _option(
+        1024, "broken or ended streams kept for that", "server", low=0, high=1_000_000, unit="streams"
+    )
+    resume_bytes: int = _option(
+        64 * 2**20, "memory that these take together", "server", low=0, high=2**40, unit="bytes", parse=parse_bytes
     )
     drain_timeout_s: float = _option(
         30.0, "time that streams in flight get after SIGTERM", "server", low=0, high=3600, unit="seconds"
@@ -231,6 +263,24 @@ class Config:
         low=1,
         high=1_000_000,
         unit="connections",
+    )
+    max_request_line_bytes: int = _option(
+        8 * 2**10, "longest request line before 414", "access", low=64, high=2**20, unit="bytes", parse=parse_bytes
+    )
+    max_header_bytes: int = _option(
+        64 * 2**10,
+        "header fields of one request before 431",
+        "access",
+        low=256,
+        high=2**24,
+        unit="bytes",
+        parse=parse_bytes,
+    )
+    max_header_fields: int = _option(
+        256, "number of header fields of one request before 431", "access", low=1, high=65536, unit="fields"
+    )
+    tls_handshake_timeout_s: float = _option(
+        10.0, "whole time of a TLS handshake", "access", low=0.1, high=3600, unit="seconds"
     )
     header_timeout_s: float = _option(
         10.0, "whole time of a request's head before 408", "access", low=0.1, high=86400, unit="seconds"

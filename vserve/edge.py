@@ -65,7 +65,13 @@ class Edge:
 def limits(config: Config) -> Limits:
     """The bounds of the wire half."""
     return Limits(
+        request_line_bytes=config.max_request_line_bytes,
+        header_bytes=config.max_header_bytes,
+        header_count=config.max_header_fields,
+        tls_handshake_s=config.tls_handshake_timeout_s,
         body_bytes=config.body_limit_bytes,
+        in_flight_bytes=config.max_bytes_in_flight,
+        pipelined_requests=config.max_pipelined,
         connections=config.max_connections,
         # All clients of a Unix socket have one address.
         connections_per_address=config.max_connections_per_address if config.uds is None else None,

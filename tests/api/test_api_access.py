@@ -55,7 +55,10 @@ def test_a_key_file_gives_names_digests_scopes_and_rates(tmp_path: Path) -> None
         (f"[keys.a]\nkey = '{SECRET}ü'", "keys.a: an API key must be one or more visible ASCII characters"),
         ("[keys.a]\nsha256 = '00'", "keys.a: sha256 must be 64 hexadecimal digits"),
         (f"[keys.a]\nsha256 = '{SECRET}'", "keys.a: sha256 must be 64 hexadecimal digits"),
-        (f"[keys.a]\nkey = '{SECRET}'\nscope = ['infer']", "keys.a: only key, requests_per_minute, scopes, sha256"),
+        (
+            f"[keys.a]\nkey = '{SECRET}'\nscope = ['infer']",
+            "keys.a: only key, requests_per_day, requests_per_minute, requests_per_month",
+        ),
         (f"[keys.a]\nkey = '{SECRET}'\nscopes = []", "keys.a: scopes must be a list"),
         (f"[keys.a]\nkey = '{SECRET}'\nscopes = 'infer'", "keys.a: scopes must be a list"),
         (f"[keys.a]\nkey = '{SECRET}'\nscopes = ['root']", "keys.a: scopes must be a list"),
@@ -248,3 +251,12 @@ def test_a_request_refused_for_another_reason_costs_no_rate() -> None:
         head = {"authorization": "Bearer once"}
         assert requests.get(f"{stand.url}/load", headers=head, timeout=10).status_code == 200
         assert requests.get(f"{stand.url}/load", headers=head, timeout=10).status_code == 429
+
+
+def test_a_key_may_come_in_the_header_x_api_key_and_authorization_wins_over_it() -> None:
+    with standing(api_keys=("secret",)) as stand:
+        assert stand.get("/v1/models", x_api_key="secret").status_code == 200
+        assert stand.get("/v1/models", x_api_key="other").status_code == 401
+        assert stand.get("/v1/models", x_api_key="secret", authorization="Bearer other").status_code == 401
+        assert stand.get("/v1/models", x_api_key="other", authorization="Bearer secret").status_code == 200
+        assert stand.post("/v1/chat/completions", CHAT, x_api_key="secret").status_code == 200

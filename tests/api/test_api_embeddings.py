@@ -23,8 +23,10 @@ from sentence_transformers import SentenceTransformer
 
 from tests.fakes_api import NAME, Stand, raw_post, standing
 from vserve.api import schema
+from vserve.api.access import Key, digest
 from vserve.api.encoder import EncoderModel
 from vserve.api.fields import Fate
+from vserve.api.quota import Goods, Quota, Span
 from vserve.encoder_bridge import EncoderBridge
 from vserve.engine.encoding_loop import Computes, EncodingLoop
 from vserve.engine.encoding_queue import EncodingQueue, Pace
@@ -402,3 +404,16 @@ def test_metrics_count_requests_texts_and_batches(stand: Stand) -> None:
     ):
         assert value(after, name) - value(before, name) == more
     assert not math.isnan(value(after, f"vserve_embedding_requests_waiting{label}}}"))
+
+
+def test_tokens_of_embeddings_count_against_the_quota_of_a_key() -> None:
+    quota = Quota(Goods.TOKENS, Span.DAY, 12)
+    with embedding(Gated()) as stand:
+        stand.call(lambda: stand.app.keys.name([Key("k", digest("secret"), quotas=(quota,))]))
+        statuses, spent = [], 0
+        while not statuses or statuses[-1] == 200:
+            reply = stand.post(EMBED, {"input": PARIS, "model": MODEL}, Authorization="Bearer secret")
+            statuses.append(reply.status_code)
+            spent += reply.json()["usage"]["total_tokens"] if reply.status_code == 200 else 0
+        assert statuses == [200, 200, 429]
+        assert 12 <= spent < 24

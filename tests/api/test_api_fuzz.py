@@ -13,9 +13,14 @@ from hypothesis import strategies as st
 
 from tests.fakes_api import NAME, Stand, standing
 from vserve.api import schema
+from vserve.api.messages_fields import MESSAGES as MESSAGES_ROWS
 
-PATHS = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"]
-FIELDS = sorted({*schema.CHAT, *schema.COMPLETIONS, *schema.TOKENIZE, *schema.DETOKENIZE, "x"})
+PATHS = [
+    "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/v1/messages", "/v1/messages/count_tokens",
+    "/v1/chat/completions/batch", "/v1/chat/completions/render", "/v1/completions/render", "/invocations",
+    "/scale_elastic_ep",
+]  # fmt: skip
+FIELDS = sorted({*schema.CHAT, *schema.COMPLETIONS, *schema.TOKENIZE, *schema.DETOKENIZE, *MESSAGES_ROWS, "x"})
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 300) | st.integers() | st.floats() | st.text(max_size=8),
@@ -50,6 +55,7 @@ PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "truncate_prompt_tokens": st.integers(-1, 10),
     "timeout_ms": st.integers(2000, 5000),
     "skip_special_tokens": st.booleans(),
+    "system": st.text(max_size=5),
 }
 PLAUSIBLE_BODY = st.fixed_dictionaries({}, optional=PLAUSIBLE)
 WILD_BODY = st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=5)
@@ -81,9 +87,10 @@ def test_any_bytes_are_answered_and_never_with_a_5xx(stand: Stand, path: str, da
 def check(reply: requests.Response) -> None:
     assert reply.status_code in (200, 400, 404), reply.text
     if reply.status_code != 200:
-        assert reply.json()["error"]["code"] == reply.status_code
+        error = reply.json()
+        assert error.get("type") == "error" or error["error"]["code"] == reply.status_code
     elif reply.headers["content-type"].startswith("text/event-stream"):
-        assert reply.text.endswith("data: [DONE]\n\n")
+        assert reply.text.endswith(("data: [DONE]\n\n", 'data: {"type":"message_stop"}\n\n'))
         assert '"error"' not in reply.text
-    else:
+    elif not reply.headers["content-type"].startswith("text/html"):
         reply.json()

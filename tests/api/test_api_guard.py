@@ -18,8 +18,12 @@ from vserve.http.access_log import AccessWriter
 from vserve.http.site import AccessEntry
 
 KEY, PROMPT = "sk-the-secret-key", "the-secret-prompt"
-OPEN_ROUTES = {"ping", "health", "ready", "live", "startup", "version"}
-"""All that answers without a key: probes, which tell no more than how the server is, and its version."""
+OPEN_ROUTES = {"ping", "health", "ready", "live", "startup", "version", "openapi"}
+"""All that answers without a key: probes, which tell no more than how the server is, its version, its description."""
+
+
+REFUSED = ("AuthenticationError", "authentication_error")
+"""In OpenAI's words and in Anthropic's."""
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +75,7 @@ def test_every_other_route_answers_401_without_its_key_and_403_without_its_scope
                     status, headers, content = ask(stand, method, path, **authorization)
                     assert status == 401, (method, path)
                     assert headers["www-authenticate"].startswith("Bearer")
-                    assert method == "HEAD" or json.loads(content)["error"]["type"] == "AuthenticationError"
+                    assert method == "HEAD" or json.loads(content)["error"]["type"] in REFUSED
                 if entry.auth != "metrics":
                     assert ask(stand, method, path, Authorization="Bearer sk-metrics")[0] == 403, (method, path)
                 assert ask(stand, method, path, Authorization=f"Bearer {KEY}")[0] not in (401, 403), (method, path)

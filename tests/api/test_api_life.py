@@ -230,9 +230,14 @@ def test_an_abort_ends_open_replies_with_its_error() -> None:
 def test_a_queue_that_fills_up_half_way_through_a_request_queues_none_of_it() -> None:
     with standing(max_queue=4) as stand:
         stand.engine.running.clear()
-        reply = stand.post(COMPLETE, {"prompt": "x", "n": 100})
+        first = raw_post(stand.port, COMPLETE, {"prompt": "x", "n": 2})
+        while stand.call(lambda: stand.bridge.live) < 2:
+            pass
+        reply = stand.post(COMPLETE, {"prompt": "x", "n": 3})
         assert reply.status_code == 429
         assert int(reply.headers["retry-after"]) >= 1
+        assert stand.call(lambda: stand.bridge.live) == 2
+        first.close()
         settled(stand)
         stand.engine.running.set()
 

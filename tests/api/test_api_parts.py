@@ -8,13 +8,13 @@ import itertools
 import pytest
 
 from tests.fakes_api import options
+from vserve.api.accept import prefers
 from vserve.api.access import METRICS, Keys
 from vserve.api.app import App
 from vserve.api.defaults import Defaults
 from vserve.api.generation import ignored_header
 from vserve.api.keepalive import KeepAlive
 from vserve.api.load import Usage
-from vserve.api.ops import prefers_plain
 from vserve.api.requests import Drawing
 from vserve.api.routes import OPEN, routes, table
 from vserve.api.status import Lifecycle, Status
@@ -147,7 +147,7 @@ def test_unusable_values_of_the_generation_config_are_as_good_as_missing(config:
     ],
 )
 def test_plain_text_is_given_where_it_is_preferred(accept: str | None, plain: bool) -> None:
-    assert prefers_plain(accept) is plain
+    assert prefers(accept, "text/plain", over="application/json") is plain
 
 
 def test_the_ignored_fields_header_is_bounded_and_safe() -> None:
@@ -163,10 +163,10 @@ def test_the_ignored_fields_header_is_bounded_and_safe() -> None:
 
 
 @pytest.mark.promise("R12", "input: side doors")
-def test_every_route_is_guarded_but_the_probes_and_the_metrics() -> None:
+def test_every_route_is_guarded_but_the_probes_the_metrics_and_the_description() -> None:
     entries = table(App(options()))
     assert {entry.name for entry in entries if entry.auth == OPEN} == {
-        "ping", "health", "ready", "live", "startup", "version",
+        "ping", "health", "ready", "live", "startup", "version", "openapi",
     }  # fmt: skip
     assert {entry.name for entry in entries if entry.auth == METRICS} == {"metrics"}
     assert len({entry.name for entry in entries}) == len(entries)

@@ -267,7 +267,7 @@ class Stack:
             "keep-alives": len(self.app.keep_alive),
             "active": self.server.active,
             "connections": self.server.connections,
-            "bodies": self.server.site.bodies_bytes,
+            "bytes in flight": self.server.site.in_flight_bytes,
             "tasks": tasks,
         }
         if self.thread.is_alive():  # a dead engine's pages end with the process
@@ -340,7 +340,8 @@ def answer(peer: socket.socket, data: bytes = b"") -> Answer:
             break
         content += rest[: int(size, 16)]
         rest = rest[int(size, 16) + 2 :]
-    blocks = [block.removeprefix(b"data: ") for block in content.split(b"\n\n") if block.startswith(b"data: ")]
+    lines = [line for block in content.split(b"\n\n") for line in block.split(b"\n")]
+    blocks = [line.removeprefix(b"data: ") for line in lines if line.startswith(b"data: ")]
     events = tuple(json.loads(block) for block in blocks if block != b"[DONE]")
     return Answer(status, headers, content, events, blocks[-1] == b"[DONE]")
 

@@ -89,6 +89,7 @@ def test_nginx_streams_every_event_as_it_is_made_and_the_text_is_ours(server: Se
     ) as reply:
         assert reply.headers["content-type"].startswith("text/event-stream")
         lines = reply.iter_lines()
+        assert next(lines).startswith(b"id: ")
         assert next(lines).startswith(b"data: ")
         assert load(server)["server_load"] == 1  # the first event is here and the last one is not made yet
         assert [line for line in lines if line][-1] == b"data: [DONE]"
@@ -217,7 +218,7 @@ def test_curl_needs_its_certificate_on_a_unix_socket_and_no_rule_is_an_assert(tm
             stdout=subprocess.PIPE,
         ) as stream:
             assert stream.stdout is not None
-            assert stream.stdout.readline().startswith(b"data: ")
+            assert stream.stdout.readline().startswith(b"id: ")
             for _ in range(3):  # new certificates are read while a stream runs on the old ones
                 server.process.send_signal(signal.SIGHUP)
                 curl(*words, "https://localhost/ping")

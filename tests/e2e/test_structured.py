@@ -283,6 +283,7 @@ def test_what_cannot_be_followed_is_a_400_with_the_reason(
     assert len(error["message"]) < 700
 
 
+@pytest.mark.promise("R7", "fault: exploding grammar", "input: exploding schema")
 def test_hostile_sources_neither_end_nor_block_the_server(server: Server) -> None:
     """A chain of rules that overflows the stack, a huge schema, a slow one; a free stream meanwhile goes on."""
     rules = "\n".join(f'r{i}: "x" r{i + 1}' for i in range(15_000))

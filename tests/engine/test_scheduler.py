@@ -126,6 +126,7 @@ LIMITS = st.builds(
     max_model_len=st.just(24),
     max_prefill_chunk=st.integers(1, 8),
     prefill_target=st.none() | st.integers(1, 8),
+    mixed_sizes=st.just(()) | st.lists(st.integers(1, 20), min_size=1, unique=True).map(sorted).map(tuple),
     prefix_caching=st.booleans(),
 )
 # Few ids and shared beginnings, so that prefixes meet.
@@ -470,19 +471,74 @@ def test_with_a_prefill_target_a_step_takes_one_whole_prompt_or_some_short_ones(
     assert second is not None
     assert prompt_tokens(first) == [20]
     assert second.num_decodes == 1
-    assert prompt_tokens(second) == [3, 3, 2]
+    assert prompt_tokens(second) == [3, 3, 3, 3]  # a target says nothing of steps that decode
 
 
-@pytest.mark.parametrize(("waiting", "taken"), [(1, 6), (10, 8), (11, 16), (40, 24)])
-def test_a_backlog_widens_the_chunks_beside_decodes_up_to_their_limit(waiting: int, taken: int) -> None:
+@pytest.mark.parametrize(
+    ("decodes", "waiting", "chunk", "taken"),
+    [
+        (1, 1, 1000, 255),
+        (1, 3, 1000, 255),
+        (1, 4, 1000, 511),
+        (1, 8, 1000, 639),
+        (1, 50, 1000, 639),  # a whole size at most: 1023 are more than a chunk may be
+        (1, 50, 520, 511),
+        (1, 50, 100, 100),
+        (127, 1, 1000, 129),
+        (130, 1, 1000, 382),
+        (200, 50, 1000, 824),
+        (600, 1, 1000, 424),
+    ],
+)
+def test_steps_that_decode_fill_one_of_the_cheap_sizes_and_larger_ones_for_a_backlog(
+    decodes: int, waiting: int, chunk: int, taken: int
+) -> None:
     scheduler = Scheduler(
-        limits(max_num_batched_tokens=64, max_prefill_chunk=24, prefill_target=8, num_blocks=400, max_num_seqs=64)
+        Limits(
+            num_blocks=8000,
+            block_size=16,
+            max_num_seqs=700,
+            max_num_batched_tokens=8192,
+            max_model_len=1024,
+            max_prefill_chunk=chunk,
+            mixed_sizes=(256, 512, 640, 1024),
+            prefix_caching=False,
+        )
     )
-    scheduler.add(request(0, [1, 2, 3, 4]), 0.0)
+    for name in range(decodes):
+        scheduler.add(request(name, [1, 2, 3, 4]), 0.0)
     assert scheduler.plan(0.0) is not None
-    for name in range(1, waiting + 1):
-        scheduler.add(request(name, [name + 9, 2, 3, 4, 5, 6]), 0.0)
+    for name in range(decodes, decodes + waiting):
+        scheduler.add(request(name, [1] * 512), 0.0)
     plan = scheduler.plan(0.0)
     assert plan is not None
-    assert plan.num_decodes == 1
+    assert plan.num_decodes == decodes
     assert sum(prompt_tokens(plan)) == taken
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("drawn", [0, 1, 5, 11])
+def test_a_continued_answer_goes_on_as_if_it_had_never_stopped(drawn: int, depth: int) -> None:
+    engine = Engine(limits(num_blocks=9, max_model_len=40), depth)
+    whole = [request(i, [i, 2, 3], 12, stop_ids=frozenset({5}), min_tokens=6) for i in range(3)]  # they preempt
+    texts = [solo(one) for one in whole]
+    for one, text in zip(whole, texts, strict=True):
+        before = text[:drawn] if len(text) > drawn else []
+        again = one.behind(before, one.id, 0.0)
+        engine.requests[one.id] = again
+        engine.texts[one.id] = list(before)
+        assert engine.scheduler.add(again, 0.0) is None
+    engine.run()
+    assert [engine.texts[one.id] for one in whole] == texts
+    assert all(engine.ends[one.id].cached_tokens <= len(one.prompt) for one in whole)
+    assert engine.scheduler.pool.held == 0
+
+
+def test_a_continued_answer_with_nothing_left_to_draw_or_an_unknown_token_is_refused() -> None:
+    scheduler = Scheduler(limits(vocab_size=VOCAB))
+    for drawn, said in (([1, 2, 3, 4], "none is left"), ([VOCAB], "outside the vocabulary")):
+        emit = scheduler.add(request(1, [1], 4).behind(drawn, RequestId(2), 0.0), 0.0)
+        assert emit is not None
+        assert emit.finish is FinishReason.ERROR
+        assert said in (emit.error or "")
+    assert scheduler.live == 0

@@ -483,7 +483,7 @@ def test_a_client_that_waits_is_refused_without_continue() -> None:
 @pytest.mark.promise("R8")
 def test_all_bodies_together_are_bounded() -> None:
     async def main() -> None:
-        edge = Edge(Limits(bodies_bytes=8))
+        edge = Edge(Limits(in_flight_bytes=8))
         first, second = edge.connect(), edge.connect()
         first.send(ECHO[:-1])
         second.send(ECHO.replace(b"/echo", b"/hold"))

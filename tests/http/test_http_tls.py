@@ -6,7 +6,7 @@ import asyncio
 import http.client
 import ssl
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -41,12 +41,12 @@ def get(port: int, trusted: str, client: tuple[str, str] | None, version: ssl.TL
         link.close()
 
 
-def run(tls: Tls, steps: Callable[[Ask, HttpServer], Awaitable[None]]) -> None:
+def run(tls: Tls, steps: Callable[[Ask, HttpServer], Awaitable[None]], limits: Limits | None = None) -> None:
     """Serve with the context on uvloop while the steps ask."""
 
     async def main() -> None:
         routes = [Route("GET", "/ping", lambda _: Response(200), "ping", auth="open", vital=True)]
-        server = HttpServer(Router(routes), Limits(), render_error)
+        server = HttpServer(Router(routes), limits or Limits(), render_error)
         await server.listen("127.0.0.1", 0, ssl_context=tls.context)
 
         async def ask(
@@ -181,3 +181,25 @@ def test_an_encrypted_key_is_refused_instead_of_asking_the_terminal(tmp_path: Pa
     files = certificate(tmp_path, "locked", "-passout", "pass:secret")
     with pytest.raises(StartupError, match="the key is encrypted"):
         Tls(TlsFiles(*files))
+
+
+def test_a_handshake_that_does_not_come_to_an_end_is_given_up_in_time_and_garbage_at_once(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path, "one")
+
+    async def steps(ask: Ask, server: HttpServer) -> None:
+        hello = bytes.fromhex("16030100c8010000c40303")  # a TLS client's greeting that is cut
+        for begin in (b"", b"\x16", hello):
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(begin)
+            assert await asyncio.wait_for(reader.read(), 20) == b""  # ended by the server, and only by time
+            writer.close()
+        for garbage in (b"\x00" * 100, b"\x16\x03\x01\xff\xff" + b"x" * 300, bytes(range(256))):
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(garbage)
+            with suppress(ConnectionError):
+                assert not (await asyncio.wait_for(reader.read(), 20)).startswith(b"HTTP")
+            writer.close()
+        assert server.connections == 0
+        assert (await ask(cert))[0] == 200
+
+    run(Tls(TlsFiles(cert, key)), steps, Limits(tls_handshake_s=0.2))

@@ -80,9 +80,10 @@ def main() -> None:
     sampling.bias_and_ban(logits, ids, ids, lists, some(rows, 300, dtype=single), lists[:, :5].contiguous(), ids)
     sampling.penalise(logits, ids, counts, one, one, one)
     sampling.count_tokens(counts, ids, ids)
-    for m in (1, 2, 8):
+    for m in (1, 2, 8, 64):
         gemv.gemv(some(m, 2048), some(4096, 2048), norm=some(2048), residual=some(m, 4096), early=True)
         gemv.gated_gemv(some(m, 576), some(4096, 576), norm=some(576), bias=some(4096))
+        gemv.gated_gemv(some(m, 2048), some(4096, 2048), early=True)
     norm.add_rms_norm(some(rows, 576), some(rows, 576), some(576), 1e-5, early=True)
     silu_mul(some(rows, 2048), early=True)
 

@@ -16,7 +16,7 @@ GPU = torch.cuda.is_available()
 # The interpreter multiplies no bf16 matrices; one row is no matrix.
 HALVES = [torch.float16, torch.bfloat16]
 ROWS = [(1, dtype) for dtype in (torch.float32, *HALVES)]
-ROWS += [(rows, dtype) for rows in (2, 5, 16) for dtype in (HALVES if GPU else [torch.float32])]
+ROWS += [(rows, dtype) for rows in (2, 5, 16, 17, 64) for dtype in (HALVES if GPU else [torch.float32])]
 EPS = 1e-5
 SHAPES = [(37, 64), (96, 100), (40, 1111)] + ([(4097, 4096), (576, 1536), (24, 14336)] if GPU else [])
 
@@ -52,7 +52,7 @@ def test_a_product_with_its_extras_is_the_float64_one(
     close(out, reference)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 33])
 @pytest.mark.parametrize(("num_out", "width"), SHAPES)
 @pytest.mark.parametrize("with_extras", [False, True])
 def test_a_gated_product_is_the_float64_one(

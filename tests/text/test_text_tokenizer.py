@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from vserve.errors import BadRequest, StartupError
 from vserve.text.tokenizer import DecodeStyle, Tokenizer, byte_alphabet
@@ -262,3 +263,43 @@ def test_a_tokenizer_of_bytes_spells_every_text_and_every_id() -> None:
 def test_a_tokenizer_of_bytes_needs_all_of_them() -> None:
     with pytest.raises(StartupError, match="256"):
         Tokenizer.of_bytes(255)
+
+
+@given(text=st.one_of(st.text(max_size=300), st.text(alphabet=" \n\taé界\x04\x06\U00040000<|im_start|>", max_size=600)))
+def test_no_text_has_fewer_tokens_than_its_length_says(smollm: Tokenizer, llama: Tokenizer, text: str) -> None:
+    for tokenizer in (smollm, llama):
+        assert tokenizer.least_tokens(text) <= len(tokenizer.encode(text, add_special=False))
+
+
+def test_the_least_number_of_tokens_grows_with_the_text(smollm: Tokenizer) -> None:
+    spaces = " " * 1_000_000
+    least, true = smollm.least_tokens(spaces), len(smollm.encode(spaces, add_special=False))
+    assert 0.2 * true < least <= true
+    assert smollm.least_tokens("界" * 9) >= smollm.least_tokens("x" * 27)
+
+
+def test_composing_makes_at_most_three_bytes_into_one() -> None:
+    chars = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    worst = max(
+        len(written.encode()) / len(unicodedata.normalize("NFC", written).encode())
+        for written in (unicodedata.normalize("NFD", char) for char in chars)
+    )
+    assert worst == 3
+
+
+@pytest.mark.parametrize("change", ["normalizer", "pre_tokenizer", "lstrip", "fewer bytes", "unigram"])
+def test_where_text_may_get_lost_nothing_is_said_of_its_tokens(change: str) -> None:
+    vocab = byte_alphabet()
+    model: models.Model = models.BPE({k: v for k, v in vocab.items() if change != "fewer bytes" or v < 128}, [])
+    if change == "unigram":
+        model = models.Unigram([(char, 0.0) for char in vocab])
+    core = tokenizers.Tokenizer(model)
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    if change == "normalizer":
+        core.normalizer = normalizers.Strip()
+    if change == "pre_tokenizer":
+        core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"), core.pre_tokenizer])
+    if change == "lstrip":
+        core.add_special_tokens([AddedToken("<x>", lstrip=True)])
+    assert Tokenizer(core, bos_id=None, eos_ids=(), special_tokens={}).least_tokens("x" * 10_000) == 0

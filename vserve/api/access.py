@@ -1,4 +1,4 @@
-"""Who may call: bearer keys, compared as hashes in constant time, their scopes, rates and prefix-cache salts.
+"""Who may call: bearer keys, compared as hashes in constant time, their scopes, rates, quotas and prefix-cache salts.
 
 Holds no key in clear text after construction and never says which part of a key was wrong.  Knows no file: named keys
 are read by key_file.py.  Event-loop thread only.
@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from vserve.api.quota import Goods, Ledger, Quota
 from vserve.errors import PermissionDenied, RateLimited, StartupError, Unauthorized
+from vserve.http.events import Headers
 
 METRICS = "metrics"
 SCOPES = frozenset({"infer", "admin", METRICS})
@@ -30,6 +32,7 @@ class Key:
     digest: bytes = field(repr=False)
     scopes: frozenset[str] = SCOPES
     requests_per_minute: float | None = None
+    quotas: tuple[Quota, ...] = ()
 
     @property
     def salt(self) -> bytes:
@@ -61,6 +64,7 @@ class Keys:
             raise StartupError(f"--api-key: {error}") from None
         self._all = self._plain
         self._buckets: dict[str, _Bucket] = {}
+        self._ledger = Ledger()
 
     def name(self, keys: Iterable[Key]) -> None:
         """Replace the named keys.  Raises StartupError, and changes nothing, when two are the same key."""
@@ -74,6 +78,7 @@ class Keys:
         self._all = everything
         names = {key.name for key in everything}  # what was spent stays spent
         self._buckets = {name: bucket for name, bucket in self._buckets.items() if name in names}
+        self._ledger.keep(names)
 
     def guards(self, scope: str) -> bool:
         """Whether a route of this scope asks for a key.  Metrics do only once a named key has that scope."""
@@ -95,18 +100,36 @@ class Keys:
         return caller
 
     def spend(self, caller: Key | None) -> RateLimited | None:
-        """Count one request against the caller's rate; the 429, which counts nothing, when it has none left."""
-        if caller is None or caller.name is None or caller.requests_per_minute is None:
+        """Count one request against the caller's quotas and rate; the 429, and nothing counted, when one is used up."""
+        if caller is None or caller.name is None:
             return None
-        most, per_s = max(1.0, caller.requests_per_minute), caller.requests_per_minute / 60
         now_s = self._clock()
-        bucket = self._buckets.setdefault(caller.name, _Bucket(most, now_s))
+        refusal = self._ledger.refusal(caller.name, caller.quotas, now_s) if caller.quotas else None
+        if refusal is None and caller.requests_per_minute is not None:
+            refusal = self._draw(caller.name, caller.requests_per_minute, now_s)
+        if refusal is None and caller.quotas:
+            self._ledger.count(caller.name, caller.quotas, Goods.REQUESTS, 1, now_s)
+        return refusal
+
+    def use(self, caller: Key | None, tokens: int) -> None:
+        """Count tokens of an answer that has ended, and of its prompt, against the caller's quotas."""
+        if caller is not None and caller.name is not None and caller.quotas and tokens > 0:
+            self._ledger.count(caller.name, caller.quotas, Goods.TOKENS, tokens, self._clock())
+
+    def caller(self, authorization: str | None) -> Key | None:
+        """Whose key this is; None when no keys are configured.  Raises Unauthorized as check does."""
+        return self._caller(authorization) if self._all else None
+
+    def _draw(self, name: str, requests_per_minute: float, now_s: float) -> RateLimited | None:
+        """Take one request out of the key's bucket."""
+        most, per_s = max(1.0, requests_per_minute), requests_per_minute / 60
+        bucket = self._buckets.setdefault(name, _Bucket(most, now_s))
         bucket.left = min(most, bucket.left + (now_s - bucket.at_s) * per_s)
         bucket.at_s = now_s
         # A hair below one is one: a client that waits exactly as long as it was told must not be refused again.
         if bucket.left < 1 - 1e-6:
             return RateLimited(
-                f"This API key may make {caller.requests_per_minute:g} requests a minute; try again later.",
+                f"This API key may make {requests_per_minute:g} requests a minute; try again later.",
                 retry_after_s=max(1, math.ceil((1 - bucket.left) / per_s - 1e-3)),
             )
         bucket.left -= 1
@@ -128,6 +151,14 @@ class Keys:
         if found is None:
             raise Unauthorized("The API key is not valid.")
         return found
+
+
+def credentials(headers: Headers) -> str | None:
+    """What a request shows for itself, as an Authorization value; the header x-api-key is another way to send a key."""
+    given = headers.get("authorization")
+    if given is None and (key := headers.get("x-api-key")) is not None:
+        return f"Bearer {key}"
+    return given
 
 
 def digest(key: str) -> bytes:

@@ -15,19 +15,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from vserve.api.access import Keys
+from vserve.api.access import Key, Keys, credentials
 from vserve.api.defaults import Defaults
 from vserve.api.encoder import EncoderModel, EncoderServed
 from vserve.api.keepalive import KeepAlive
 from vserve.api.load import Usage
 from vserve.api.meter import SeriesMeter, engine_now
 from vserve.api.status import Lifecycle, Status
+from vserve.api.trail import Trails
 from vserve.bridge import Bridge
 from vserve.errors import ApiError, BadRequest, NotFound, RateLimited, Unavailable, shorten
 from vserve.http.exchange import Exchange
 from vserve.http.site import AccessEntry
 from vserve.observe.heartbeat import Heartbeat
 from vserve.observe.metrics import EngineSeries, Metrics
+from vserve.scale.workers import LocalWorker, Workers
 from vserve.text.grammar import HELPERS, Grammar, Grammars, why_none
 from vserve.text.grammar_spec import GrammarSpec
 from vserve.text.habits import Habits, habits_of
@@ -46,7 +48,8 @@ _REFUSED = {401: "unauthorized", 403: "forbidden", 429: "overloaded"}
 class Options:
     """What the operator chose.  Times in seconds.
 
-    long_text_chars: texts longer than this are rendered and tokenised off the loop.
+    docs: /openapi.json is served.  long_text_chars: texts longer than this are rendered and tokenised off the loop.
+    resume_s, resume_streams, resume_bytes: how long, and how many, broken streams can be gone on with.
     tool_call_parser, reasoning_parser: the flags' values; "auto" is what the chat template shows.
     max_sequences: most choices of one request, over all its prompts.
     """
@@ -54,6 +57,7 @@ class Options:
     version: str
     api_keys: tuple[str, ...] = ()
     strict: bool = False
+    docs: bool = True
     keep_alive_s: float = 15.0
     request_timeout_s: float | None = None
     stall_timeout_s: float = 60.0
@@ -62,6 +66,9 @@ class Options:
     max_queued_tokens: int = 2**20
     max_sequences: int = 1024
     long_text_chars: int = 8192
+    resume_s: float = 60.0
+    resume_streams: int = 1024
+    resume_bytes: int = 64 * 2**20
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
 
@@ -113,6 +120,11 @@ class Served:
     created_s: int
     embedding: tuple[str, ...] = ()
 
+    @property
+    def vocab_size(self) -> int:
+        """The width of the model's output: every id of a request is below it."""
+        return self.model.vocab_size
+
     def name(self, asked: str | None) -> str:
         """The served name a request means.
 
@@ -147,8 +159,10 @@ class App:
         self.keys = Keys(options.api_keys)
         self.keep_alive = KeepAlive(options.keep_alive_s)
         self.usage = Usage()
+        self.trails = Trails(options.resume_s, options.resume_streams, options.resume_bytes)
         self.metrics = Metrics()
         self.replies: set[Ending] = set()
+        self.workers: Workers = LocalWorker()
         self._pool = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         # Apart from the other: a grammar may take seconds, and most of them in a process of its own.
         self._compilers = ThreadPoolExecutor(HELPERS, thread_name_prefix="grammar")
@@ -209,6 +223,7 @@ class App:
         if self.life.can(Status.STOPPED):
             self.life.to(Status.STOPPED)
         self.keep_alive.close()
+        self.trails.close()
         self.metrics.timer.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._compilers.shutdown(wait=False, cancel_futures=True)
@@ -316,6 +331,10 @@ class App:
         """Run work in the pool for long texts."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
+    def caller(self, exchange: Exchange) -> Key | None:
+        """Whose key came with this request; None when no keys are configured."""
+        return self.keys.caller(credentials(exchange.request.headers))
+
     async def compiled(self, served: Served, spec: GrammarSpec, path: str) -> Grammar:
         """The grammar of spec, which came in the field path.  Raises BadRequest with the reason why there is none."""
         grammars = served.model.grammars
@@ -330,5 +349,5 @@ class App:
 
     def salt(self, exchange: Exchange, asked: str | None) -> bytes:
         """The prefix-cache salt of this request: the caller's own, then the one it asked for."""
-        own = self.keys.salt(exchange.request.headers.get("authorization"))
+        own = self.keys.salt(credentials(exchange.request.headers))
         return own if asked is None else own + asked.encode("utf-8", "surrogatepass")

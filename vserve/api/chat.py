@@ -10,15 +10,16 @@ from functools import partial
 
 import orjson
 
-from vserve.api import body
 from vserve.api.answering import answering, for_template, with_effort
 from vserve.api.app import App, Served
+from vserve.api.asked import checked
 from vserve.api.choice import Choice
 from vserve.api.fields import without_effect
-from vserve.api.generation import Order, Prompt, generate, reply_head
+from vserve.api.generation import Order, Prompt, check_length, generate, reply_head
 from vserve.api.prompts import text_of
 from vserve.api.reply import CountsNow
 from vserve.api.requests import ChatRequest, Conversation, Wanted, parse_chat
+from vserve.api.resume import resume
 from vserve.api.shapes import Counts, Head, Piece, TokenText, chat_logprobs, frame, prompt_logprobs
 from vserve.engine.request import FinishReason
 from vserve.http.exchange import Exchange, Response
@@ -41,20 +42,26 @@ class Chat:
         """Answer one request.  Raises ApiError while nothing has been sent."""
         app = self._app
         served = app.served
-        request = exchange.request
-        fields = body.read(request.body, request.headers.get("content-type"))
-        asked = parse_chat(fields, served.model.vocab_size, app.options.strict)
+        event_id = exchange.request.headers.get("last-event-id")
+        if event_id:
+            return await resume(app, served, exchange, event_id)
+        asked = await checked(app, served, exchange, parse_chat)
         order = await prepare(app, served, asked)
         head = reply_head(served, exchange, order.wanted, "chatcmpl-")
         text = TokenText(served.model.tokenizer, order.wanted.tokens_as_ids)
         legacy = asked.tools is not None and asked.tools.legacy
-        return await generate(app, served, exchange, order, ChatDialect(head, order.wanted, text, legacy))
+
+        def dialect() -> ChatDialect:
+            return ChatDialect(head, order.wanted, text, legacy)
+
+        return await generate(app, served, exchange, order, dialect(), renew=dialect)
 
 
 async def prepare(app: App, served: Served, asked: ChatRequest) -> Order:
     """What is to be generated for a conversation, whichever endpoint it came through.  Raises BadRequest."""
     asked = with_effort(served, asked)
-    ids, end = await _rendered(app, served, asked.conversation)
+    most = served.model.max_model_len if asked.wanted.truncate is None else None
+    ids, end = await _rendered(app, served, asked.conversation, most)
     if asked.tools is None:
         answer = answering(served, asked, end)
     else:  # the schemas of all tools become text there
@@ -76,8 +83,13 @@ async def prompt_ids(app: App, served: Served, conversation: Conversation) -> li
     return (await _rendered(app, served, conversation))[0]
 
 
-async def _rendered(app: App, served: Served, conversation: Conversation) -> tuple[list[int], str]:
-    """The conversation as token ids, and the last PROMPT_END characters of its text."""
+async def _rendered(
+    app: App, served: Served, conversation: Conversation, most: int | None = None
+) -> tuple[list[int], str]:
+    """The conversation as token ids, and the last PROMPT_END characters of its text.
+
+    Raises BadRequest, before it is tokenised, when it must have more than most tokens.
+    """
     if served.model.template is None:
         raise missing_template()
     whole, tokenizer = served.model.template, served.model.tokenizer
@@ -92,6 +104,8 @@ async def _rendered(app: App, served: Served, conversation: Conversation) -> tup
             continue_final_message=asked.continue_final_message,
             extra=asked.template_kwargs,
         )
+        if most is not None:
+            check_length(tokenizer, text, most, "messages")
         return tokenizer.encode(text, add_special=asked.add_special), text[-PROMPT_END:]
 
     return render() if _is_short(conversation, app.options.long_text_chars) else await app.off_loop(render)

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from vserve.api.past import Past
 from vserve.api.shapes import Drawn, Piece
-from vserve.engine.request import Emit, FinishReason, GenRequest, RequestFault, Timing, TokenLogprobs
+from vserve.engine.request import Emit, FinishReason, GenRequest, RequestFault, RequestId, Timing, TokenLogprobs
 from vserve.errors import ApiError, BadRequest, DeadlineExceeded, EngineDied, InternalError, Unavailable
 from vserve.text.detokenizer import Detokenizer
 from vserve.text.parts import Content, Part, Splitter, merged
@@ -85,6 +86,18 @@ class Listener(Protocol):
         """The whole reply ends with error."""
 
 
+class _Deaf:
+    """A listener for what has been said before."""
+
+    def text(self, choice: Choice, text: str) -> None:
+        choice.keep(text)
+
+    def more(self, choice: Choice) -> None: ...
+    def finished(self, choice: Choice) -> None: ...
+    def cancel(self, choice: Choice) -> None: ...
+    def fail(self, error: ApiError) -> None: ...
+
+
 class Choice:
     """The state of one choice; a TokenSink.
 
@@ -93,9 +106,9 @@ class Choice:
     """
 
     __slots__ = (
-        "_detokenizer", "_drawn", "_ids", "_listener", "_parts", "_plain", "_reading", "_scores", "_splitter", "_stops",
-        "_texts", "cached_tokens", "finish", "first", "index", "lead", "num_tokens", "offset", "prefix", "prompt",
-        "reasoning_tokens", "request", "stop_reason", "suffix", "timing",
+        "_detokenizer", "_drawn", "_ids", "_listener", "_parts", "_past", "_plain", "_reading", "_scores", "_splitter",
+        "_stops", "_texts", "cached_tokens", "finish", "first", "index", "lead", "num_tokens", "offset", "prefix",
+        "prompt", "reasoning_tokens", "request", "stop_reason", "suffix", "timing",
     )  # fmt: skip
 
     def __init__(
@@ -135,6 +148,54 @@ class Choice:
         self._drawn: list[Drawn] = []
         self._scores: Sequence[TokenLogprobs] | None = None
         self._listener: Listener | None = None
+        self._past: Past | None = None
+
+    def record(self) -> None:
+        """From now on keep what is pushed, so that another life can go over it."""
+        self._past = Past()
+
+    @property
+    def recorded_bytes(self) -> int:
+        """Roughly the memory that this takes."""
+        return 0 if self._past is None else self._past.num_bytes
+
+    def recalls(self, tokens: int) -> bool:
+        """Whether what was said behind so many tokens can be said again."""
+        past = self._past
+        return past is not None and (not self._reading.keep_logprobs or past.has_scores_from(tokens))
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to draw."""
+        return self.finish is not None or self.request is None or (self._past is not None and self._past.complete)
+
+    def again(self, id: RequestId, arrival_s: float) -> Choice:
+        """This choice as at its start, its request going on behind what is recorded.
+
+        All that follows from the tokens (half characters, half stop strings, counts) ``catch_up`` makes anew.
+        """
+        request = self.request
+        if request is not None and self._past is not None:
+            request = request.behind(self._past.ids.tolist(), id, arrival_s)
+        return Choice(self.index, self.first, self.prompt, request, self._reading, self.lead)
+
+    def catch_up(self, before: Choice, seen: int, *, through: bool) -> Piece:
+        """Take in silence the first seen tokens (through: all) of what an earlier life recorded; what it had said."""
+        past = before._past
+        self._past = Past()
+        self.cached_tokens = before.cached_tokens
+        self._listener = _Deaf()
+        if past is not None and (seen or through):
+            self.push(past.since(0) if through else past.until(seen))
+        if through and self.finish is None:
+            self.finish = before.finish
+        return self.take()
+
+    def go_on(self, before: Choice) -> None:
+        """Hear the rest of what the earlier life recorded, aloud."""
+        past = before._past
+        if past is not None and (past.complete or len(past.ids) > self.num_tokens):
+            self.push(past.since(self.num_tokens))
 
     def attach(self, listener: Listener) -> None:
         """Say who hears of this choice."""
@@ -169,10 +230,12 @@ class Choice:
         if listener is None or self.finish is not None:
             return
         try:
+            if self._past is not None:
+                self._past.take(emit)
             if self._plain and emit.finish is None:
-                self.num_tokens += len(emit.ids)
-                if emit.cached_tokens:
+                if emit.cached_tokens and not self.num_tokens:
                     self.cached_tokens = emit.cached_tokens
+                self.num_tokens += len(emit.ids)
                 if self._splitter is not None:
                     self._pass_on(emit.ids, listener)
                     return
@@ -195,7 +258,7 @@ class Choice:
         self._listener = None
 
     def _read(self, emit: Emit, listener: Listener) -> None:
-        if emit.cached_tokens:
+        if emit.cached_tokens and not self.num_tokens:
             self.cached_tokens = emit.cached_tokens
         self.timing = emit.timing
         if emit.prompt_logprobs is not None:

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 
 import orjson
 
-from vserve.api import body
 from vserve.api.app import App, Served
+from vserve.api.asked import checked
 from vserve.api.choice import Choice
-from vserve.api.generation import Order, Prompt, generate, reply_head
+from vserve.api.generation import Order, Prompt, check_length, generate, reply_head
 from vserve.api.reply import CountsNow
 from vserve.api.requests import CompletionRequest, Wanted, parse_completion
+from vserve.api.resume import resume
 from vserve.api.shapes import Counts, Echoed, Head, Piece, TokenText, completion_logprobs, frame, prompt_logprobs
 from vserve.http.exchange import Exchange, Response
 
@@ -31,24 +32,39 @@ class Completions:
         """Answer one request.  Raises ApiError while nothing has been sent."""
         app = self._app
         served = app.served
-        request = exchange.request
-        fields = body.read(request.body, request.headers.get("content-type"))
-        asked = parse_completion(fields, served.model.vocab_size, app.options.strict)
+        event_id = exchange.request.headers.get("last-event-id")
+        if event_id:
+            return await resume(app, served, exchange, event_id)
+        asked = await checked(app, served, exchange, parse_completion)
         wanted = asked.wanted
         head = reply_head(served, exchange, wanted, "cmpl-")
-        order = Order(
-            wanted=wanted,
-            prompts=await _prompts(app, served, asked),
-            default_max_tokens=DEFAULT_MAX_TOKENS,
-            continuation=True,
-            prompt_logprobs=asked.scored,
-        )
+        order = await prepare(app, served, asked)
         text = TokenText(served.model.tokenizer, wanted.tokens_as_ids)
-        return await generate(app, served, exchange, order, CompletionDialect(head, wanted, text, echo=asked.echo))
+
+        def dialect() -> CompletionDialect:
+            return CompletionDialect(head, wanted, text, echo=asked.echo)
+
+        return await generate(app, served, exchange, order, dialect(), renew=dialect)
+
+
+async def prepare(app: App, served: Served, asked: CompletionRequest) -> Order:
+    """What is to be generated for prompts.  Raises BadRequest."""
+    return Order(
+        wanted=asked.wanted,
+        prompts=await _prompts(app, served, asked),
+        default_max_tokens=DEFAULT_MAX_TOKENS,
+        continuation=True,
+        prompt_logprobs=asked.scored,
+    )
 
 
 async def _prompts(app: App, served: Served, asked: CompletionRequest) -> list[Prompt]:
     texts = [prompt for prompt in asked.prompts if isinstance(prompt, str)]
+    if asked.wanted.truncate is None:
+        for i, prompt in enumerate(asked.prompts):
+            if isinstance(prompt, str):
+                path = "prompt" if len(asked.prompts) == 1 else f"prompt[{i}]"
+                check_length(served.model.tokenizer, prompt, served.model.max_model_len, path)
     encoded = iter(await encode(app, served, texts, asked.add_special))
     prompts: list[Prompt] = []
     for i, prompt in enumerate(asked.prompts):
@@ -56,7 +72,7 @@ async def _prompts(app: App, served: Served, asked: CompletionRequest) -> list[P
         if isinstance(prompt, str):
             prompts.append(Prompt(next(encoded), path, prompt if asked.echo else ""))
         else:
-            prompts.append(Prompt(prompt, path, served.model.tokenizer.decode(prompt) if asked.echo else ""))
+            prompts.append(Prompt(prompt, path, await decode(app, served, prompt) if asked.echo else ""))
     return prompts
 
 
@@ -68,6 +84,14 @@ async def encode(app: App, served: Served, texts: Sequence[str], add_special: bo
     if sum(map(len, texts)) <= app.options.long_text_chars:
         return tokenizer.encode_batch(texts, add_special=add_special)
     return await app.off_loop(lambda: tokenizer.encode_batch(texts, add_special=add_special))
+
+
+async def decode(app: App, served: Served, ids: Sequence[int], *, skip_special: bool = False) -> str:
+    """The text of ids, off the loop when there are many."""
+    tokenizer = served.model.tokenizer
+    if len(ids) <= app.options.long_text_chars:
+        return tokenizer.decode(ids, skip_special=skip_special)
+    return await app.off_loop(lambda: tokenizer.decode(ids, skip_special=skip_special))
 
 
 class CompletionDialect:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import orjson
 
-from vserve.api import body
 from vserve.api.app import App
+from vserve.api.asked import checked
 from vserve.api.encoder import EncoderServed
 from vserve.api.encoding import check_length, encode, limit_of, timing_header, tokenise
 from vserve.api.encoding_requests import EmbeddingRequest, parse_embedding
@@ -36,9 +36,7 @@ class Embeddings:
         """Answer one request.  Raises ApiError while nothing has been sent."""
         app = self._app
         served = app.encoder
-        request = exchange.request
-        fields = body.read(request.body, request.headers.get("content-type"))
-        asked = parse_embedding(fields, served.model.vocab_size, app.options.strict)
+        asked = await checked(app, served, exchange, parse_embedding)
         name = served.name(asked.wanted.model)
         if served.model.cross:
             raise BadRequest(

@@ -66,6 +66,11 @@ class EncoderServed:
         self._seconds_a_token = 0.0
         model.bridge.meter = self
 
+    @property
+    def vocab_size(self) -> int:
+        """How many ids the model knows: every id of a request is below it."""
+        return self.model.vocab_size
+
     def name(self, asked: str | None) -> str:
         """The served name a request means.  Raises BadRequest for the generative model's, NotFound for others."""
         names = self.model.names

@@ -94,7 +94,10 @@ async def encode(
         arrival_s=exchange.received_s,
         deadline_s=deadline_s,
     )
-    return await _Wait(app, served, exchange, encoding).run()
+    encoded = await _Wait(app, served, exchange, encoding).run()
+    if encoded is not None:
+        app.keys.use(app.caller(exchange), sum(map(len, encoding.texts)))
+    return encoded
 
 
 class _Wait:

@@ -7,6 +7,7 @@ field, the value and the limit; its attributes hold all there is to know, so tha
 from __future__ import annotations
 
 import enum
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from vserve.errors import ECHO_LIMIT, BadRequest, shorten
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
+
+Schema = dict[str, object]
+"""A JSON Schema, draft 2020-12."""
 
 
 class Fate(enum.Enum):
@@ -36,6 +40,9 @@ class Kind(Protocol[T_co]):
 
     def check(self, value: object, path: str, vocab_size: int) -> T_co:
         """value (never None) as T; BadRequest when it is not one.  path names the field in messages."""
+
+    def schema(self) -> Schema:
+        """The JSON Schema (2020-12) of the values that check takes, a fresh object; the vocabulary's size apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,20 @@ class Field(Generic[T]):
     def asks_nothing(self, value: object) -> bool:
         """True for a harmless value; types must match too, as 0 == False in Python."""
         return any(type(value) is type(known) and value == known for known in self.harmless)
+
+    def schema(self, strict: bool) -> Schema:
+        """The JSON Schema of the values a request may hold, null among them where that means: not sent."""
+        if self.fate is Fate.OBEYED:
+            made, text = self.kind.schema(), self.help
+            if isinstance(self.default, bool | int | float | str):
+                # Not the keyword "default": generators of typed clients take a field that has one for always there.
+                text = f"{text} (default {json.dumps(self.default)})"
+        elif self.fate is Fate.REFUSED or strict:
+            made = {"enum": list(self.harmless)}
+            text = f"Not served ({self.help}): only values that ask for nothing are taken."
+        else:
+            made, text = {}, f"Taken without effect: {self.help}."
+        return {**(made if self.required else or_null(made)), "description": text}
 
 
 class Values:
@@ -91,32 +112,62 @@ def table(*rows: object) -> Table:
     return made
 
 
-def read(body: dict[str, object], rows: Table, vocab_size: int, strict: bool) -> tuple[Values, tuple[str, ...]]:
+def read(
+    body: dict[str, object], rows: Table, vocab_size: int, strict: bool, prefix: str = ""
+) -> tuple[Values, tuple[str, ...]]:
     """Check body against the table: its values, and the names that have no effect.
 
-    Raises BadRequest for a value out of bounds, a missing required field, a REFUSED field and, when strict, for a
-    name without effect.
+    prefix: the path of body in a larger one, with its dot.  Raises BadRequest for a value out of bounds, a missing
+    required field, a REFUSED field and, when strict, for a name without effect.
     """
     found: dict[str, object] = {}
     ignored: list[str] = []
     for name, value in body.items():
-        field = rows.get(name)
+        field, path = rows.get(name), prefix + name
         if field is None:
-            ignored.append(name)
+            ignored.append(path)
         elif value is None:
             continue
         elif field.fate is Fate.OBEYED:
-            found[name] = field.kind.check(value, name, vocab_size)
+            found[name] = field.kind.check(value, path, vocab_size)
         elif not field.asks_nothing(value):
             if field.fate is Fate.REFUSED:
-                raise BadRequest(f"`{name}` is not supported by this version of the server.", param=name)
-            ignored.append(name)
+                raise BadRequest(f"`{path}` is not supported by this version of the server.", param=path)
+            ignored.append(path)
     for field in rows.values():
         if field.required and field.name not in found:
-            raise BadRequest(f"`{field.name}` is required.", param=field.name)
+            path = prefix + field.name
+            raise BadRequest(f"`{path}` is required.", param=path)
     if strict and ignored:
         raise without_effect(ignored[0])
     return Values(found), tuple(ignored)
+
+
+def object_schema(rows: Table, strict: bool) -> Schema:
+    """The JSON Schema of a body that ``read`` takes.  Rules that join several fields are not in it."""
+    made: Schema = {
+        "type": "object",
+        "properties": {name: field.schema(strict) for name, field in rows.items()},
+        "additionalProperties": not strict,
+    }
+    required = [name for name, field in rows.items() if field.required]
+    return {**made, "required": required} if required else made
+
+
+def or_null(schema: Schema) -> Schema:
+    """schema, and null."""
+    if not schema:
+        return {}
+    if "anyOf" not in schema and "type" not in schema and "enum" not in schema:
+        return {"anyOf": [schema, {"type": "null"}]}
+    made = dict(schema)  # each of the three, where it is there, has to let null through
+    if isinstance(options := made.get("anyOf"), list):
+        made["anyOf"] = [*options, {"type": "null"}]
+    if isinstance(kind := made.get("type"), str):
+        made["type"] = [kind, "null"]
+    if isinstance(values := made.get("enum"), list):
+        made["enum"] = [*values, None]
+    return made
 
 
 def without_effect(name: str) -> BadRequest:
@@ -144,6 +195,9 @@ class Bool:
             return value
         raise wrong(path, "true or false", value)
 
+    def schema(self) -> Schema:
+        return {"type": "boolean"}
+
 
 @dataclass(frozen=True, slots=True)
 class Int:
@@ -156,6 +210,9 @@ class Int:
         if type(value) is int and self.low <= value <= self.high:
             return value
         raise wrong(path, f"an integer between {self.low} and {self.high}", value)
+
+    def schema(self) -> Schema:
+        return {"type": "integer", "minimum": self.low, "maximum": self.high}
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +230,10 @@ class Float:
                 return number
         bounds = f"above {self.low:g} and at most" if self.above else f"between {self.low:g} and"
         raise wrong(path, f"a number {bounds} {self.high:g}", value)
+
+    def schema(self) -> Schema:
+        least = "exclusiveMinimum" if self.above else "minimum"
+        return {"type": "number", least: self.low, "maximum": self.high}
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +256,10 @@ class Text:
             raise wrong(path, "visible ASCII characters", value)
         return value
 
+    def schema(self) -> Schema:
+        made: Schema = {"type": "string", "minLength": self.min_length, "maxLength": self.max_length}
+        return {**made, "pattern": "^[!-~]*$"} if self.visible else made
+
 
 @dataclass(frozen=True, slots=True)
 class OneOf:
@@ -206,6 +271,9 @@ class OneOf:
         if type(value) is str and value in self.values:
             return value
         raise wrong(path, f"one of {', '.join(self.values)}", value)
+
+    def schema(self) -> Schema:
+        return {"type": "string", "enum": list(self.values)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +293,10 @@ class Stops:
             return (one.check(value, path, vocab_size),)
         raise wrong(path, "a string or a list of strings", value)
 
+    def schema(self) -> Schema:
+        one = Text(self.max_length, 1).schema()
+        return {"anyOf": [one, {"type": "array", "items": one, "maxItems": self.max_items}]}
+
 
 @dataclass(frozen=True, slots=True)
 class TokenIds:
@@ -242,6 +314,9 @@ class TokenIds:
             for i, item in enumerate(value):
                 Int(0, vocab_size - 1).check(item, f"{path}[{i}]", vocab_size)
         return value
+
+    def schema(self) -> Schema:
+        return {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": self.max_items}
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +340,14 @@ class LogitBias:
             pairs[int(key)] = Float(-100, 100).check(bias, f"{path}.{key}", vocab_size)
         return tuple(pairs.items())
 
+    def schema(self) -> Schema:
+        return {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,12}$"},
+            "additionalProperties": Float(-100, 100).schema(),
+            "maxProperties": self.max_items,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Object:
@@ -283,6 +366,10 @@ class Object:
                 raise BadRequest(f"`{path}` may not set {shorten(key)}.", param=path)
         return value
 
+    def schema(self) -> Schema:
+        made: Schema = {"type": "object", "maxProperties": self.max_items}
+        return {**made, "propertyNames": {"not": {"enum": sorted(self.reserved)}}} if self.reserved else made
+
 
 @dataclass(frozen=True, slots=True)
 class Objects:
@@ -300,6 +387,9 @@ class Objects:
                 raise wrong(f"{path}[{i}]", "an object", item)
         return tuple(value)
 
+    def schema(self) -> Schema:
+        return {"type": "array", "items": {"type": "object"}, "maxItems": self.max_items}
+
 
 @dataclass(frozen=True, slots=True)
 class Anything:
@@ -307,6 +397,9 @@ class Anything:
 
     def check(self, value: object, path: str, vocab_size: int) -> None:
         return None
+
+    def schema(self) -> Schema:
+        return {}
 
 
 def refused(name: str, help: str, harmless: tuple[object, ...] = ()) -> Field[None]:

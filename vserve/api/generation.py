@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from vserve.api.app import App, Served
 from vserve.api.choice import Choice, Reading, Splitting
-from vserve.api.reply import Dialect, Headers, Reply, WholeReply
+from vserve.api.reply import OPENAI, Dialect, Framing, Headers, Reply, WholeReply
 from vserve.api.requests import Wanted
 from vserve.api.shapes import Head
 from vserve.api.stream import StreamReply
+from vserve.api.trail import Trail
 from vserve.engine.request import GenRequest
 from vserve.errors import BadRequest, DeadlineExceeded, shorten
 from vserve.http.exchange import Exchange, Response
 from vserve.text.grammar import Grammar
+from vserve.text.tokenizer import Tokenizer
 
 IGNORED_LIMIT = 16
 """Most names listed in x-ignored-params."""
@@ -110,17 +112,43 @@ def reply_head(served: Served, exchange: Exchange, wanted: Wanted, prefix: str) 
     )
 
 
-async def generate(app: App, served: Served, exchange: Exchange, order: Order, dialect: Dialect) -> Response | None:
-    """Generate all choices and answer the exchange.  Raises ApiError while nothing has been sent."""
-    wanted = order.wanted
+async def generate(
+    app: App,
+    served: Served,
+    exchange: Exchange,
+    order: Order,
+    dialect: Dialect,
+    framing: Framing = OPENAI,
+    renew: Callable[[], Dialect] | None = None,
+) -> Response | None:
+    """Generate all choices and answer the exchange.  Raises ApiError while nothing has been sent.
+
+    renew: makes the dialect as it was at the start, for a client that goes on with a broken stream (resume.py); None:
+    the events of such a stream have no ids and it cannot be gone on with.
+    """
+    wanted, bridge = order.wanted, served.model.bridge
     grammar = None if wanted.grammar is None else await app.compiled(served, wanted.grammar, wanted.grammar_field)
     bad_words = await _bad_words(app, served, wanted.bad_words)
     choices = _choices(app, served, exchange, order, Limited(grammar, bad_words))
     if exchange.gone:
         return None
-    kind = StreamReply if wanted.stream else WholeReply
-    reply: Reply = kind(app, served.model.bridge, exchange, dialect, choices, ignored_header(wanted.ignored))
+    headers = ignored_header(wanted.ignored)
+    reply: Reply
+    if wanted.stream:
+        trail = _trail(app, exchange, renew, choices, headers) if renew is not None and app.trails.enabled else None
+        reply = StreamReply(app, bridge, exchange, dialect, choices, headers, framing, trail)
+    else:
+        reply = WholeReply(app, bridge, exchange, dialect, choices, headers)
+    reply.caller = app.caller(exchange)
     return await reply.run()
+
+
+def _trail(
+    app: App, exchange: Exchange, renew: Callable[[], Dialect], choices: Sequence[Choice], headers: Headers
+) -> Trail:
+    request, route = exchange.request, exchange.route
+    endpoint = route.name if route is not None else ""
+    return Trail(endpoint, app.salt(exchange, None), hash(request.body), renew, choices, headers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +232,26 @@ def _choices(app: App, served: Served, exchange: Exchange, order: Order, limited
                     prompt_logprobs=order.prompt_logprobs,
                 )
             choices.append(Choice(len(choices), i == 0, ids, request, reading, lead))
+    _check_queue(app, choices)
     return choices
+
+
+def _check_queue(app: App, choices: Sequence[Choice]) -> None:
+    """Raise BadRequest for choices that an empty queue could not take: 429 would send the client round for ever."""
+    options = app.options
+    prompts = [len(choice.prompt) for choice in choices if choice.request is not None]
+    if len(prompts) > options.max_queue:
+        raise BadRequest(
+            f"The request makes {len(prompts)} choices, more than the {options.max_queue} requests that may wait at "
+            "once (--max-queue).",
+            param="n",
+        )
+    if len(prompts) > 1 and sum(prompts) > options.max_queued_tokens:
+        raise BadRequest(
+            f"The request's {len(prompts)} choices bring {sum(prompts)} prompt tokens together, more than the "
+            f"{options.max_queued_tokens} that may wait at once (--max-queued-tokens).",
+            param="n",
+        )
 
 
 def _reading(served: Served, order: Order, eos_ids: frozenset[int]) -> Reading:
@@ -223,6 +270,16 @@ def _reading(served: Served, order: Order, eos_ids: frozenset[int]) -> Reading:
         count_chunks=wanted.stream_options.continuous_usage_stats,
         splitting=order.splitting,
     )
+
+
+def check_length(tokenizer: Tokenizer, text: str, most: int, path: str) -> None:
+    """Raise BadRequest, in a moment, for a text that cannot but have more than most tokens.  Any thread."""
+    least = tokenizer.least_tokens(text)
+    if least > most:
+        raise BadRequest(
+            f"`{path}` has {len(text)} characters, which are at least {least} tokens; the context has {most}.",
+            param=path,
+        )
 
 
 def fit(prompt: Prompt, order: Order, context: int) -> tuple[Sequence[int], int]:

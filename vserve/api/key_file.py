@@ -4,6 +4,8 @@
     key = "…"                        # or sha256 = "<64 hex digits>"
     scopes = ["infer"]               # infer, admin, metrics; infer alone by default
     requests_per_minute = 60         # no bound by default
+    requests_per_day = 1000          # quotas: also requests_per_month, tokens_per_minute, tokens_per_day,
+    tokens_per_month = 5_000_000     # tokens_per_month; no bound by default
 
 Reads and checks; who may do what is access.py's.  No message repeats a value of the file: it may be a key.
 """
@@ -15,6 +17,7 @@ import tomllib
 from pathlib import Path
 
 from vserve.api.access import SCOPES, Key, digest
+from vserve.api.quota import Goods, Quota, Span
 from vserve.errors import StartupError
 
 FILE_LIMIT_BYTES = 2**20
@@ -22,7 +25,15 @@ MAX_KEYS = 1024
 """Every request is compared with every key, once or twice: a thousand take about 40 us each time."""
 MAX_REQUESTS_PER_MINUTE = 1e6
 
-_FIELDS = frozenset({"key", "sha256", "scopes", "requests_per_minute"})
+MAX_QUOTA = 10**15
+
+_QUOTAS = {
+    f"{goods.value}_per_{span.value}": (goods, span)
+    for goods in Goods
+    for span in Span
+    if (goods, span) != (Goods.REQUESTS, Span.MINUTE)  # that one is a rate: it lets through again little by little
+}
+_FIELDS = frozenset({"key", "sha256", "scopes", "requests_per_minute", *_QUOTAS})
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _NAME = re.compile(r"[!-~]{1,64}")
 
@@ -77,7 +88,7 @@ def _key(name: str, table: object) -> Key:
             raise StartupError("must be a table")
         if set(table) - _FIELDS:
             raise StartupError(f"only {', '.join(sorted(_FIELDS))} are known")
-        return Key(name, _digest(table), _scopes(table), _rate(table))
+        return Key(name, _digest(table), _scopes(table), _rate(table), _quotas(table))
     except StartupError as error:
         raise StartupError(f"keys.{name}: {error}") from None
 
@@ -110,3 +121,15 @@ def _rate(table: dict[str, object]) -> float | None:
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= MAX_REQUESTS_PER_MINUTE:
         raise StartupError(f"requests_per_minute must be a number above 0 and at most {MAX_REQUESTS_PER_MINUTE:g}")
     return float(rate)
+
+
+def _quotas(table: dict[str, object]) -> tuple[Quota, ...]:
+    quotas = []
+    for name, (goods, span) in _QUOTAS.items():
+        limit = table.get(name)
+        if limit is None:
+            continue
+        if type(limit) is not int or not 1 <= limit <= MAX_QUOTA:
+            raise StartupError(f"{name} must be a whole number from 1 to {MAX_QUOTA}")
+        quotas.append(Quota(goods, span, limit))
+    return tuple(quotas)

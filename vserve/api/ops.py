@@ -5,19 +5,17 @@ Every handler but metrics answers within data_received and waits for nothing.  E
 
 from __future__ import annotations
 
-import re
 import time
 
 import orjson
 
+from vserve.api.accept import prefers
 from vserve.api.app import App
 from vserve.api.status import Status
 from vserve.http.exchange import Exchange, Response
 from vserve.observe.metrics import CONTENT_TYPE
 
 PONG = Response(200)
-_RANGE = re.compile(r"\s*([^;,\s]+)\s*((?:;[^,]*)?)")
-_WEIGHT = re.compile(r";\s*q\s*=\s*([01](?:\.\d{0,3})?)")
 
 
 class Ops:
@@ -34,7 +32,7 @@ class Ops:
 
     def version(self, exchange: Exchange) -> Response:
         """As JSON, or bare when the client prefers plain text."""
-        plain = prefers_plain(exchange.head.headers.get("accept"))
+        plain = prefers(exchange.head.headers.get("accept"), "text/plain", over="application/json")
         return self._version_text if plain else self._version_json
 
     def health(self, exchange: Exchange) -> Response:
@@ -120,16 +118,3 @@ class Ops:
 
 
 _RETRY = (("retry-after", "1"),)
-
-
-def prefers_plain(accept: str | None) -> bool:
-    """Whether an Accept header weighs text/plain above application/json (RFC 9110 12.5.1)."""
-    if accept is None:
-        return False
-    weights: dict[str, float] = {}
-    for kind, parameters in _RANGE.findall(accept[:1024]):
-        weight = _WEIGHT.search(parameters)
-        weights[kind.lower()] = float(weight[1]) if weight else 1.0
-    rest = weights.get("*/*", 0.0)
-    plain = weights.get("text/plain", weights.get("text/*", rest))
-    return plain > weights.get("application/json", weights.get("application/*", rest))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vserve.api.fields import Text, TokenIds, wrong
+from vserve.api.fields import Schema, Text, TokenIds, or_null, wrong
 from vserve.errors import BadRequest, shorten
 
 Prompt = str | list[int]
@@ -44,6 +44,11 @@ class Prompts:
             return tuple(_prompt(item, f"{path}[{i}]", type(value[0]), vocab_size) for i, item in enumerate(value))
         return (TokenIds(PROMPT_TOKEN_LIMIT).check(value, path, vocab_size),)
 
+    def schema(self) -> Schema:
+        text: Schema = {"type": "string"}
+        ids = {**TokenIds(PROMPT_TOKEN_LIMIT).schema(), "minItems": 1}
+        return {"anyOf": [text, _many(text, self.max_items, 1), ids, _many(ids, self.max_items, 1)]}
+
 
 def _prompt(item: object, path: str, kind: type, vocab_size: int) -> Prompt:
     if type(item) is not kind:
@@ -75,6 +80,10 @@ class Texts:
             texts.append(item)
         return tuple(texts)
 
+    def schema(self) -> Schema:
+        text: Schema = {"type": "string"}
+        return {"anyOf": [text, _many(text, self.max_items, 0)]}
+
 
 @dataclass(frozen=True, slots=True)
 class Documents:
@@ -97,6 +106,11 @@ class Documents:
             texts.append(text)
         return tuple(texts)
 
+    def schema(self) -> Schema:
+        text: Schema = {"type": "string"}
+        item: Schema = {"type": "object", "properties": {"text": text}, "required": ["text"]}
+        return _many({"anyOf": [text, item]}, self.max_items, 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Messages:
@@ -112,6 +126,9 @@ class Messages:
         if len(value) > self.max_items:
             raise BadRequest(f"`{path}` takes at most {self.max_items} messages, got {len(value)}.", param=path)
         return tuple(_with_tool_calls([_message(item, f"{path}[{i}]") for i, item in enumerate(value)]))
+
+    def schema(self) -> Schema:
+        return _many(_message_schema(), self.max_items, 1)
 
 
 CALL_LIMIT = 128
@@ -227,3 +244,60 @@ def _check_function(value: object, path: str) -> None:
     arguments = value.get("arguments")
     if arguments is not None and not isinstance(arguments, str | dict):
         raise wrong(f"{path}.arguments", "a string", arguments)
+
+
+def _many(items: Schema, most: int, least: int) -> Schema:
+    return {"type": "array", "items": items, "minItems": least, "maxItems": most}
+
+
+def _message_schema() -> Schema:
+    """What ``_message`` takes: only a message of the assistant or a function may come without content."""
+    text: Schema = {"type": "string"}
+    kinds = [kind for kind, key in _TEXT_PARTS.items() if key == "text"]
+    part: Schema = {"type": "object", "properties": {"type": {"enum": kinds}, "text": text}, "required": ["text"]}
+    refusal: Schema = {
+        "type": "object",
+        "properties": {"type": {"const": "refusal"}, "refusal": text},
+        "required": ["type", "refusal"],
+    }
+    content: Schema = {"anyOf": [text, {"type": "array", "items": {"anyOf": [text, part, refusal]}}]}
+    name = Text(256).schema()
+    function: Schema = {
+        "type": "object",
+        "properties": {"name": Text(256, 1).schema(), "arguments": {"type": ["string", "object", "null"]}},
+        "required": ["name"],
+    }
+    call: Schema = {
+        "type": "object",
+        "properties": {
+            "type": {"type": "string", "const": "function"},
+            "id": or_null(name),
+            "function": function,
+        },
+        "required": ["function"],
+    }
+    calls: Schema = {"type": "array", "items": call, "maxItems": CALL_LIMIT}
+
+    def message(role: Schema, content: Schema, *required: str, named: bool = False) -> list[Schema]:
+        fields: Schema = {
+            "role": role,
+            "content": content,
+            "tool_call_id": or_null(name),
+            "name": name if named else or_null(name),
+        }
+        either: list[Schema] = [
+            {"tool_calls": or_null(calls), "function_call": {"type": "null"}},
+            {"tool_calls": {"type": "null"}, "function_call": function},
+        ]
+        return [
+            {"type": "object", "properties": {**fields, **more}, "required": ["role", *required]} for more in either
+        ]
+
+    other: Schema = {**_ROLE.schema(), "not": {"const": "function"}}
+    return {
+        "anyOf": [
+            *message(other, content, "content"),
+            *message({"type": "string", "const": "assistant"}, or_null(content)),
+            *message({"type": "string", "const": "function"}, or_null(content), "name", named=True),
+        ]
+    }

@@ -9,14 +9,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+import orjson
+
+from vserve.api.access import Key
 from vserve.api.app import App
 from vserve.api.choice import Choice
 from vserve.api.shapes import Counts, Piece, server_timing
 from vserve.bridge import Bridge
 from vserve.engine.request import FinishReason, GenRequest
 from vserve.errors import ApiError, DeadlineExceeded, InternalError
+from vserve.http import sse
 from vserve.http.exchange import Exchange, Response
 
 Headers = tuple[tuple[str, str], ...]
@@ -42,6 +47,21 @@ class Dialect(Protocol):
         """The body of a reply that is not streamed."""
 
 
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """What a stream sends that is no part of the answer.
+
+    quiet: keeps a silent stream alive.  done: after the last event.  failure: an error, for the exchange of that id.
+    """
+
+    quiet: bytes
+    done: bytes
+    failure: Callable[[ApiError, str], bytes]
+
+
+OPENAI = Framing(sse.COMMENT, sse.DONE, lambda error, _: sse.frame(orjson.dumps(error.body())))
+
+
 class Reply:
     """What both kinds of reply share.  ``run`` is the life of one."""
 
@@ -64,6 +84,8 @@ class Reply:
         self._unfinished = len(choices)
         self._closed = False
         self._error: ApiError | None = None
+        self.caller: Key | None = None  # whose quotas the tokens count against
+        self._queued = False
         self._timer: asyncio.TimerHandle | None = None
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -94,6 +116,9 @@ class Reply:
 
     def finished(self, choice: Choice) -> None:
         """See choice.Listener."""
+        self._count_down()
+
+    def _count_down(self) -> None:
         self._unfinished -= 1
         if self._unfinished == 0:
             self.end()
@@ -141,6 +166,13 @@ class Reply:
         self._app.replies.discard(self)
         self.exchange.on_gone = None
         self.exchange.on_writable = None
+        if self.caller is not None and self._queued:
+            self._app.keys.use(self.caller, self.spent())
+
+    def spent(self) -> int:
+        """Tokens of prompts and answers that this reply has cost."""
+        counts = self.counts()
+        return counts.prompt + counts.completion
 
     def counts(self) -> Counts:
         """Tokens so far.  Each prompt counts once, and so does what its first choice found cached."""
@@ -153,19 +185,26 @@ class Reply:
             reasoning=sum(thought) if thought else None,
         )
 
-    def _submit(self) -> None:
+    def _enter(self) -> None:
+        """From now on the end of the client and of the server are heard of."""
         self.exchange.on_gone = self._gone
         self._app.replies.add(self)
-        deadline_s: float | None = None
+
+    def _submit(self) -> None:
+        self._enter()
         for choice in self._choices:
             choice.attach(self)
             if choice.request is not None:
-                deadline_s = choice.request.deadline_s
                 self._queue(choice, choice.request)
+        self._queued = True
         for choice in self._choices:
             if choice.request is None:
                 choice.finish = FinishReason.LENGTH
                 self.finished(choice)
+        self._watch_deadline()
+
+    def _watch_deadline(self) -> None:
+        deadline_s = next((choice.request.deadline_s for choice in self._choices if choice.request is not None), None)
         if deadline_s is not None and not self._closed:
             # The engine keeps the deadline too, but a long step must not keep the client waiting.
             left_s = max(0.0, deadline_s - time.monotonic())

@@ -18,16 +18,26 @@ from vserve.api.fields import (
     Object,
     Objects,
     OneOf,
+    Schema,
     Stops,
     Text,
     TokenIds,
     ignored,
+    object_schema,
     read,
     refused,
     table,
 )
 from vserve.api.prompts import PROMPT_TOKEN_LIMIT, Documents, Message, Messages, Prompt, Prompts, Texts
-from vserve.api.structured import WHITESPACE, Choices, Constraint, ResponseFormat, Schema, Source, StructuredOutputs
+from vserve.api.structured import (
+    WHITESPACE,
+    Choices,
+    Constraint,
+    ResponseFormat,
+    SchemaKind,
+    Source,
+    StructuredOutputs,
+)
 from vserve.api.tools import FunctionChoiceKind, Functions, Tool, ToolChoice, ToolChoiceKind, Tools
 from vserve.errors import BadRequest
 from vserve.text.grammar_spec import GrammarKind
@@ -47,6 +57,7 @@ class StreamOptions:
 
 INCLUDE_USAGE: Field[bool] = Field("include_usage", Bool(), False, "one last chunk with the token counts")
 CONTINUOUS_USAGE: Field[bool] = Field("continuous_usage_stats", Bool(), False, "token counts in every chunk")
+STREAM_OPTION_LIMIT = 16
 STREAM_OPTION_ROWS = table(INCLUDE_USAGE, CONTINUOUS_USAGE)
 
 
@@ -55,7 +66,7 @@ class StreamOptionsKind:
     """An object with include_usage and continuous_usage_stats."""
 
     def check(self, value: object, path: str, vocab_size: int) -> StreamOptions:
-        body = Object(16).check(value, path, vocab_size)
+        body = Object(STREAM_OPTION_LIMIT).check(value, path, vocab_size)
         try:
             values, unknown = read(body, STREAM_OPTION_ROWS, vocab_size, strict=False)
         except BadRequest as error:
@@ -63,6 +74,9 @@ class StreamOptionsKind:
         return StreamOptions(
             values[INCLUDE_USAGE], values[CONTINUOUS_USAGE], tuple(f"{path}.{name}" for name in unknown)
         )
+
+    def schema(self) -> Schema:
+        return {**object_schema(STREAM_OPTION_ROWS, strict=False), "maxProperties": STREAM_OPTION_LIMIT}
 
 
 # Rows that chat and completions share.
@@ -130,7 +144,9 @@ RESPONSE_FORMAT: Field[Constraint | None] = Field(
 STRUCTURED_OUTPUTS: Field[Constraint | None] = Field(
     "structured_outputs", StructuredOutputs(), None, "the answer follows a schema, a pattern, a choice or a grammar"
 )
-GUIDED_JSON: Field[Constraint | None] = Field("guided_json", Schema(), None, "older name of structured_outputs.json")
+GUIDED_JSON: Field[Constraint | None] = Field(
+    "guided_json", SchemaKind(), None, "older name of structured_outputs.json"
+)
 GUIDED_REGEX: Field[Constraint | None] = Field(
     "guided_regex", Source(GrammarKind.REGEX), None, "older name of structured_outputs.regex"
 )

@@ -13,8 +13,8 @@ from operator import mul
 
 import orjson
 
-from vserve.api import body
 from vserve.api.app import App
+from vserve.api.asked import checked
 from vserve.api.encoder import EncoderServed
 from vserve.api.encoding import check_length, encode, timing_header, tokenise
 from vserve.api.encoding_requests import EncodingWanted, parse_rerank, parse_score
@@ -38,9 +38,7 @@ class Score:
         """Scores in the order of the pairs."""
         app = self._app
         served = app.encoder
-        request = exchange.request
-        fields = body.read(request.body, request.headers.get("content-type"))
-        asked = parse_score(fields, served.model.vocab_size, app.options.strict)
+        asked = await checked(app, served, exchange, parse_score)
         name = served.name(asked.wanted.model)
         scored = await self._scores(exchange, served, asked.pairs, asked.wanted, asked.fields)
         if scored is None:
@@ -60,9 +58,7 @@ class Score:
         """The documents, the best first; equal ones keep their order."""
         app = self._app
         served = app.encoder
-        request = exchange.request
-        fields = body.read(request.body, request.headers.get("content-type"))
-        asked = parse_rerank(fields, served.model.vocab_size, app.options.strict)
+        asked = await checked(app, served, exchange, parse_rerank)
         name = served.name(asked.wanted.model)
         pairs = [(asked.query, document) for document in asked.documents]
         scored = await self._scores(exchange, served, pairs, asked.wanted, ("query", "documents"))

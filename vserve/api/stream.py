@@ -14,7 +14,8 @@ import orjson
 
 from vserve.api.app import App
 from vserve.api.choice import Choice
-from vserve.api.reply import Dialect, Headers, Reply
+from vserve.api.reply import OPENAI, Dialect, Framing, Headers, Reply
+from vserve.api.trail import ENDING, FINISHED, OPENING, Trail
 from vserve.bridge import Bridge
 from vserve.engine.request import FinishReason
 from vserve.errors import ApiError, InternalError
@@ -48,23 +49,33 @@ class StreamReply(Reply):
         dialect: Dialect,
         choices: Sequence[Choice],
         headers: Headers,
+        framing: Framing = OPENAI,
+        trail: Trail | None = None,
     ) -> None:
+        """trail: where events get their ids, None: they have none."""
         super().__init__(app, bridge, exchange, dialect, choices, headers)
+        self._framing = framing
+        self._trail = trail
         self._flow = Flow.WAITING
         self._spoke = True
         self._held: dict[Choice, None] = {}  # a set in order: choices that have something to send
         for choice in choices:
             choice.prefix, choice.suffix = dialect.affixes(choice.index)
 
-    def _submit(self) -> None:
+    def _enter(self) -> None:
+        super()._enter()
         self.exchange.on_writable = self._resume
         self._app.keep_alive.add(self)
-        super()._submit()
+        if self._trail is not None:
+            self._app.trails.begin(self._trail, self)
 
     def text(self, choice: Choice, text: str) -> None:
         if self._flow is Flow.FLOWING and not self._held and self.exchange.writable:
             self._spoke = True
-            self.exchange.write(choice.prefix + orjson.dumps(text) + choice.suffix)
+            event, trail = choice.prefix + orjson.dumps(text) + choice.suffix, self._trail
+            if trail is not None:
+                event = trail.stamp(choice.index << 32 | choice.num_tokens, event)
+            self.exchange.write(event)
         else:
             choice.keep(text)
             self.more(choice)
@@ -78,24 +89,38 @@ class StreamReply(Reply):
         self.more(choice)
 
     def end(self) -> None:
-        exchange = self.exchange
-        exchange.write(self._dialect.ending(self.counts) + sse.DONE)
+        self._say(ENDING, self._dialect.ending(self.counts) + self._framing.done)
+        self.close()
+        self._leave()
+
+    def _leave(self) -> None:
+        """The last event is written."""
         self._flow = Flow.ENDED
-        super().end()
-        exchange.end()
+        self.exchange.end()
+        self._wake()
 
     def report(self, error: ApiError) -> None:
         if self._flow is Flow.WAITING:
             super().report(error)
             return
-        self._flow = Flow.ENDED
-        self.exchange.write(sse.frame(orjson.dumps(error.body())) + sse.DONE)
-        self.exchange.end()
-        self._wake()
+        if self._trail is not None:
+            self._trail.error = error
+        self._say(ENDING, self._framing.failure(error, self.exchange.id) + self._framing.done)
+        self._leave()
 
     def close(self, reason: FinishReason = FinishReason.CANCELLED) -> None:
         self._app.keep_alive.discard(self)
         super().close(reason)
+        if self._trail is not None:
+            self._app.trails.park(self._trail, self)
+
+    def hand_over(self) -> None:
+        """See trail.Live."""
+        exchange = self.exchange
+        self.close()
+        self._flow = Flow.ENDED
+        exchange.abort()
+        self._wake()
 
     def tick(self) -> None:
         """See keepalive.Quiet."""
@@ -103,7 +128,7 @@ class StreamReply(Reply):
             self._spoke = False
         elif self.exchange.writable:  # a full buffer is not silence
             self._start()
-            self.exchange.write(sse.COMMENT)
+            self.exchange.write(self._framing.quiet)
 
     def _start(self) -> None:
         if self._flow is Flow.WAITING:
@@ -117,7 +142,11 @@ class StreamReply(Reply):
         self._flow = Flow.FLOWING
         opening = b"".join(self._dialect.opening(choice, self.counts) for choice in self._choices)
         if opening:
-            self.exchange.write(opening)
+            self._say(OPENING, opening)
+
+    def _say(self, mark: int, data: bytes) -> None:
+        """Write one or several events."""
+        self.exchange.write(data if self._trail is None else self._trail.stamp(mark, data))
 
     def _resume(self) -> None:
         try:
@@ -133,6 +162,8 @@ class StreamReply(Reply):
             choice = next(iter(held))
             del held[choice]
             self._spoke = True
-            exchange.write(self._dialect.chunk(choice, choice.take(), self.counts))
-            if choice.finish is not None:
+            through = choice.finish is not None
+            said = FINISHED if through else choice.num_tokens
+            self._say(choice.index << 32 | said, self._dialect.chunk(choice, choice.take(), self.counts))
+            if through:
                 super().finished(choice)

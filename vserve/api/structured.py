@@ -6,12 +6,13 @@ Knows no grammar library: whether a source can be compiled shows later.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import orjson
 
-from vserve.api.fields import Bool, Kind, Object, Text, wrong
+from vserve.api.fields import Bool, Kind, Object, Schema, Text, or_null, wrong
 from vserve.errors import BadRequest, shorten
 from vserve.text.grammar_spec import GrammarKind, GrammarSpec
 
@@ -32,7 +33,7 @@ class Constraint:
 
 
 @dataclass(frozen=True, slots=True)
-class Schema:
+class SchemaKind:
     """A JSON Schema: an object, or the text of one."""
 
     def check(self, value: object, path: str, vocab_size: int) -> Constraint:
@@ -43,10 +44,14 @@ class Schema:
                 raise BadRequest(f"`{path}` is a string, but not the text of a JSON Schema.", param=path) from None
         if not isinstance(value, dict):
             raise wrong(path, "a JSON Schema (an object)", value)
-        source = orjson.dumps(value).decode()
+        source = json.dumps(value, ensure_ascii=False, separators=(",", ":"))  # integers of any size, unlike orjson
         if len(source) > MAX_SOURCE:
             raise BadRequest(f"`{path}` has {len(source)} characters as JSON, the limit is {MAX_SOURCE}.", param=path)
         return Constraint(path, GrammarSpec(GrammarKind.JSON_SCHEMA, source))
+
+    def schema(self) -> Schema:
+        # The text of one is taken too: older clients send it so.
+        return {"type": "object"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,9 @@ class Source:
 
     def check(self, value: object, path: str, vocab_size: int) -> Constraint:
         return Constraint(path, GrammarSpec(self.kind, Text(MAX_SOURCE, 1).check(value, path, 0)))
+
+    def schema(self) -> Schema:
+        return Text(MAX_SOURCE, 1).schema()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +82,9 @@ class Choices:
                 f"`{path}` has {sum(map(len, texts))} characters in all, the limit is {MAX_SOURCE}.", param=path
             )
         return Constraint(path, GrammarSpec(GrammarKind.CHOICE, orjson.dumps(texts).decode()))
+
+    def schema(self) -> Schema:
+        return {"type": "array", "items": Text(MAX_SOURCE, 1).schema(), "minItems": 1, "maxItems": MAX_CHOICES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +118,34 @@ class ResponseFormat:
             Bool().check(body["strict"], f"{path}.strict", 0)
         if body.get("schema") is None:
             return Constraint(path, GrammarSpec(GrammarKind.JSON_OBJECT, ""))
-        return Schema().check(body["schema"], f"{path}.schema", 0)
+        return SchemaKind().check(body["schema"], f"{path}.schema", 0)
+
+    def schema(self) -> Schema:
+        named: Schema = {
+            "type": "object",
+            "properties": {
+                "name": Text(256, 1).schema(),
+                "description": or_null(Text(2**16).schema()),
+                "schema": or_null(SchemaKind().schema()),
+                "strict": or_null(Bool().schema()),
+            },
+            "required": ["name"],
+            "additionalProperties": False,
+            "maxProperties": 16,
+        }
+        plain: Schema = {
+            "type": "object",
+            "properties": {"type": {"type": "string", "enum": ["text", "json_object"]}},
+            "required": ["type"],
+            "maxProperties": 16,
+        }
+        schema: Schema = {
+            "type": "object",
+            "properties": {"type": {"type": "string", "const": "json_schema"}, "json_schema": named},
+            "required": ["type", "json_schema"],
+            "maxProperties": 16,
+        }
+        return {"anyOf": [plain, schema]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +186,35 @@ class StructuredOutputs:
             return spaced(made, pattern, f"{path}.whitespace_pattern")
         return made
 
+    def schema(self) -> Schema:
+        spacings: list[Schema] = [
+            {"disable_any_whitespace": or_null(Bool().schema())},
+            {"disable_any_whitespace": {"enum": [False, None]}, "whitespace_pattern": or_null(WHITESPACE.schema())},
+        ]
+        unspaced: list[Schema] = [{"disable_any_whitespace": {"enum": [False, None]}}]
+        options: list[Schema] = []
+        for name, kind in (*_KINDS.items(), ("json_object", None)):
+            value: Schema = {"const": True} if kind is None else kind.schema()
+            rest: Schema = {
+                "json_object": {"enum": [False, None]},
+                "disable_fallback": or_null(Bool().schema()),
+                "disable_additional_properties": {"enum": [False, None]},
+            }
+            for spacing in spacings if name in ("json", "json_object") else unspaced:
+                options.append(
+                    {
+                        "type": "object",
+                        "properties": {**rest, **spacing, name: value},
+                        "required": [name],
+                        "additionalProperties": {"type": "null"},
+                        "maxProperties": 16,
+                    }
+                )
+        return {"anyOf": options}
+
 
 _KINDS: dict[str, Kind[Constraint]] = {
-    "json": Schema(),
+    "json": SchemaKind(),
     "regex": Source(GrammarKind.REGEX),
     "choice": Choices(),
     "grammar": Source(GrammarKind.LARK),

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import orjson
 
-from vserve.api import body
 from vserve.api.app import App, Served
+from vserve.api.asked import checked
 from vserve.api.chat import prompt_ids
-from vserve.api.completions import encode
+from vserve.api.completions import decode, encode
 from vserve.api.generation import ignored_header
 from vserve.api.requests import parse_detokenize, parse_tokenize
 from vserve.http.exchange import Exchange, Response
@@ -28,34 +28,32 @@ class Tokens:
         """A text or a conversation gives one object; a list of texts gives a list of them."""
         app = self._app
         served = app.served
-        request = exchange.request
-        fields = body.read(request.body, request.headers.get("content-type"))
-        asked = parse_tokenize(fields, served.model.vocab_size, app.options.strict)
+        asked = await checked(app, served, exchange, parse_tokenize)
         served.name(asked.model)
         if asked.conversation is not None:
-            ids = await prompt_ids(app, served, asked.conversation)
-            reply: object = _entry(served, ids, asked.token_strs)
-        elif isinstance(asked.texts, str):
-            ids = (await encode(app, served, [asked.texts], asked.add_special))[0]
-            reply = _entry(served, ids, asked.token_strs)
+            lists = [await prompt_ids(app, served, asked.conversation)]
         else:
-            lists = await encode(app, served, asked.texts or (), asked.add_special)
-            reply = [_entry(served, ids, asked.token_strs) for ids in lists]
-        return Response(200, orjson.dumps(reply), headers=ignored_header(asked.ignored))
+            texts = (asked.texts,) if isinstance(asked.texts, str) else asked.texts or ()
+            lists = await encode(app, served, texts, asked.add_special)
+
+        def worded() -> bytes:
+            entries = [_entry(served, ids, asked.token_strs) for ids in lists]
+            return orjson.dumps(entries if isinstance(asked.texts, tuple) else entries[0])
+
+        long = sum(map(len, lists)) > app.options.long_text_chars
+        reply = await app.off_loop(worded) if long else worded()
+        return Response(200, reply, headers=ignored_header(asked.ignored))
 
     async def detokenize(self, exchange: Exchange) -> Response:
         """Token ids as text, under both names."""
         app = self._app
         served = app.served
-        request = exchange.request
-        fields = body.read(request.body, request.headers.get("content-type"))
-        tokenizer = served.model.tokenizer
-        asked = parse_detokenize(fields, tokenizer.vocab_size, app.options.strict)
+        vocab_size = served.model.tokenizer.vocab_size  # ids that the model has beyond it have no text
+        asked = await checked(
+            app, served, exchange, lambda fields, _, strict: parse_detokenize(fields, vocab_size, strict)
+        )
         served.name(asked.model)
-        if len(asked.tokens) > app.options.long_text_chars:
-            text = await app.off_loop(lambda: tokenizer.decode(asked.tokens, skip_special=asked.skip_special))
-        else:
-            text = tokenizer.decode(asked.tokens, skip_special=asked.skip_special)
+        text = await decode(app, served, asked.tokens, skip_special=asked.skip_special)
         return Response(200, orjson.dumps({"text": text, "prompt": text}), headers=ignored_header(asked.ignored))
 
 

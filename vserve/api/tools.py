@@ -7,12 +7,11 @@ a model writes a call.
 from __future__ import annotations
 
 import enum
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import orjson
-
-from vserve.api.fields import Bool, Object, Objects, Text, wrong
+from vserve.api.fields import Bool, Object, Objects, Schema, Text, or_null, wrong
 from vserve.errors import BadRequest, shorten
 
 TOOL_LIMIT = 128
@@ -84,13 +83,35 @@ def _function(value: object, path: str, definition: dict[str, object]) -> Tool:
     return Tool(name, definition, parameters, strict is not None and Bool().check(strict, f"{path}.strict", 0))
 
 
+def _function_schema() -> Schema:
+    """What ``_function`` takes."""
+    typed: Schema = {"type": {"type": "string", "const": "object"}}
+    name: Schema = {**Text(NAME_LIMIT, 1).schema(), "pattern": "^[A-Za-z0-9_.-]+$"}
+    return {
+        "type": "object",
+        "maxProperties": 64,
+        "properties": {
+            "name": name,
+            "description": or_null(Text(TOOLS_LIMIT_CHARS).schema()),
+            "parameters": or_null({**Object(1024).schema(), "properties": typed}),
+            "strict": or_null(Bool().schema()),
+        },
+        "required": ["name"],
+    }
+
+
+def _named_list(item: Schema) -> Schema:
+    """At most TOOL_LIMIT of them; no two may have one name, of which JSON Schema can say only that they differ."""
+    return {"type": "array", "items": item, "maxItems": TOOL_LIMIT, "uniqueItems": True}
+
+
 def _checked(tools: Sequence[Tool], path: str) -> tuple[Tool, ...]:
     names: set[str] = set()
     for i, tool in enumerate(tools):
         if tool.name in names:
             raise BadRequest(f"`{path}[{i}]` has the name {tool.name!r} of an earlier one.", param=f"{path}[{i}]")
         names.add(tool.name)
-    size = len(orjson.dumps([tool.definition for tool in tools]))
+    size = len(json.dumps([tool.definition for tool in tools], ensure_ascii=False, separators=(",", ":")))
     if size > TOOLS_LIMIT_CHARS:
         raise BadRequest(f"`{path}` has {size} characters as JSON, the limit is {TOOLS_LIMIT_CHARS}.", param=path)
     return tuple(tools)
@@ -110,6 +131,11 @@ class Tools:
             tools.append(_function(item["function"], f"{path}[{i}].function", item))
         return _checked(tools, path)
 
+    def schema(self) -> Schema:
+        kind: Schema = {"type": "string", "const": "function"}
+        fields: Schema = {"type": kind, "function": _function_schema()}
+        return _named_list({"type": "object", "properties": fields, "required": ["function"]})
+
 
 @dataclass(frozen=True, slots=True)
 class Functions:
@@ -121,6 +147,9 @@ class Functions:
             _function(item, f"{path}[{i}]", {"type": "function", "function": item}) for i, item in enumerate(functions)
         ]
         return _checked(tools, path)
+
+    def schema(self) -> Schema:
+        return _named_list(_function_schema())
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +181,31 @@ class ToolChoiceKind:
             raise BadRequest(f"`{path}.tools` is empty; name at least one tool.", param=f"{path}.tools")
         return ToolChoice(Mode(mode), tuple(names))
 
+    def schema(self) -> Schema:
+        names: Schema = {"type": "string", "enum": ["none", "auto", "required"]}
+        function: Schema = {"type": "object", "properties": {"function": _name_schema()}, "required": ["function"]}
+        kind: Schema = {"type": "string", "const": "function"}
+        one: Schema = {
+            **function,
+            "properties": {"type": kind, "function": _name_schema()},
+            "maxProperties": 16,
+        }
+        mode: Schema = {"type": "string", "enum": ["auto", "required"]}
+        tools: Schema = {"type": "array", "items": function, "minItems": 1, "maxItems": TOOL_LIMIT}
+        allowed: Schema = {
+            "type": "object",
+            "properties": {"mode": mode, "tools": tools},
+            "required": ["mode", "tools"],
+            "maxProperties": 16,
+        }
+        several: Schema = {
+            "type": "object",
+            "properties": {"type": {"type": "string", "const": "allowed_tools"}, "allowed_tools": allowed},
+            "required": ["type", "allowed_tools"],
+            "maxProperties": 16,
+        }
+        return {"anyOf": [names, one, several]}
+
 
 @dataclass(frozen=True, slots=True)
 class FunctionChoiceKind:
@@ -163,6 +217,15 @@ class FunctionChoiceKind:
                 raise wrong(path, "none, auto or an object with the name of a function", value)
             return ToolChoice(Mode(value))
         return ToolChoice(Mode.REQUIRED, (_named(value, path),), one=True)
+
+    def schema(self) -> Schema:
+        return {"anyOf": [{"type": "string", "enum": ["none", "auto"]}, _name_schema()]}
+
+
+def _name_schema() -> Schema:
+    """What ``_named`` takes."""
+    fields: Schema = {"name": Text(NAME_LIMIT, 1).schema()}
+    return {"type": "object", "properties": fields, "required": ["name"], "maxProperties": 16}
 
 
 def _named(value: object, path: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final
@@ -24,8 +25,8 @@ from vserve.engine.packing import Packed, Packer, Words, fits
 from vserve.engine.sequence import Plan, Results
 from vserve.engine.shapes import ENTRY_WORDS, UPDATE_WORDS, Buckets, Layout, Shape
 from vserve.engine.special import CANNOT_DRAW, Answers, SpecialDraws, answers_for
+from vserve.kernels import ahead, sampling
 from vserve.kernels import rows as row_kernels
-from vserve.kernels import sampling
 from vserve.kernels.cuda import StepPlan
 from vserve.kernels.rows import Inputs
 from vserve.model.gpu_decoder import GpuDecoder
@@ -37,9 +38,14 @@ SLOTS: Final = 4
 """Host buffers of steps in flight; the loop keeps two in flight at most."""
 WISHES: Final = 32
 """After so many steps padded to a larger graph, a shape gets its own between two steps: some 30 ms, once."""
-MAX_GRAPH_TOKENS: Final = 2304
+MAX_GRAPH_TOKENS: Final = 2048
 PADDING_MOST: Final = 2.0
-"""A mixed step takes a larger graph than its own only up to so many times its tokens: they are computed for nothing."""
+CHEAP_TOKENS: Final = 256
+"""A mixed step takes a larger graph than its own only up to so many times its tokens, or so many tokens, of which the
+weights are the larger part of the cost: they are computed for nothing."""
+LEFT_FREE_BYTES: Final = 256 << 20
+"""Graphs leave so much of the GPU's memory alone: steps without a graph and the driver need some, and on the last few
+megabytes every allocation of theirs would first give back what the one before took."""
 INVALID: Final = "The model produced invalid numbers for this request."
 UNUSABLE: Final = "The sampling parameters of this request cannot be used."
 
@@ -142,6 +148,7 @@ class CudaRunner:
         device = cache.pairs[0].device
         self._decoder = decoder
         self._cache = cache
+        self._layers = (decoder, cache.pairs)
         self._use_graphs = use_graphs and device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         if self._stream is not None:
@@ -200,17 +207,19 @@ class CudaRunner:
     def _choose(self, plan: Plan) -> _Step:
         """The step's own shape, or a larger one that has its graph already."""
         step = self._step(self.buckets.choose(plan.num_decodes, len(plan.works) - plan.num_decodes, plan.num_tokens))
-        if step.graph is not None or step.refused or not self._use_graphs or not self.buckets.is_graph(step.shape):
+        if step.graph is not None or not self._use_graphs or not self.buckets.is_graph(step.shape):
             return step
-        most = step.shape.tokens * PADDING_MOST if step.shape.chunks else float("inf")
+        most = max(CHEAP_TOKENS, step.shape.tokens * PADDING_MOST) if step.shape.chunks else float("inf")
         others = [
             one
             for one in self._captured
             if one.shape.is_decode == step.shape.is_decode and one.shape.tokens <= most and fits(plan, one.shape)
         ]
         step.wishes += 1
-        if not others or step.wishes > WISHES:
-            self._capture(step)  # kernel by kernel it would take about as long, every time
+        # Kernel by kernel it would take about as long as capturing it takes, every time.
+        if (not others or step.wishes > WISHES) and self._capture(step):
+            return step
+        if not others:
             return step
         return min(others, key=lambda one: (one.shape.tokens, one.shape.decodes))
 
@@ -280,12 +289,13 @@ class CudaRunner:
             starts, logit_rows, draw_rows = fields["starts"], fields["draw_tokens"], fields["draw_rows"]
         plan = StepPlan(inputs.cos, inputs.sin, inputs.slots, starts, inputs.context_lens, inputs.tables, shape.decodes)
         # One buffer for all: a graph that kept its own would hold on to hundreds of megabytes.
+        decoder, pairs = self._layers
         further = None
         if scored is None or logit_rows is None:
-            step.logits.copy_(self._decoder.compute(inputs.ids, plan, self._cache.pairs, logit_rows))
+            step.logits.copy_(decoder.compute(inputs.ids, plan, pairs, logit_rows))
         else:
             every = torch.cat((logit_rows, scored))
-            logits = self._decoder.compute(inputs.ids, plan, self._cache.pairs, every)
+            logits = decoder.compute(inputs.ids, plan, pairs, every)
             further = logits[shape.sequences :]
             step.logits.copy_(logits[: shape.sequences])
         ids = sampling.sample(
@@ -306,7 +316,7 @@ class CudaRunner:
         """Capture one more graph while nobody waits; False when all are there."""
         while self._to_capture:
             step = self._step(self._to_capture.pop())
-            if step.graph is None and not step.refused:
+            if step.graph is None:
                 self._capture(step)
                 if not self._to_capture:
                     free, total = torch.cuda.mem_get_info()
@@ -315,21 +325,59 @@ class CudaRunner:
                 return True
         return False
 
+    def leave_out(self, max_chunk: int) -> None:
+        """Capture no graph in advance of a step that decodes and takes in more than max_chunk prompt tokens."""
+        self._to_capture = [
+            shape
+            for shape in self._to_capture
+            if shape.is_decode or not shape.decodes or shape.tokens <= max_chunk + shape.decodes
+        ]
+
+    @torch.inference_mode()
+    def compile(self, shapes: Iterable[Shape], threads: int) -> int:
+        """Compile the kernels of steps of these shapes on so many threads, before any step; returns how many."""
+        if not self._use_graphs:
+            return 0
+        assert not self._captured
+        whole = self._layers
+        self._layers = self._decoder.ends(), (self._cache.pairs[0], self._cache.pairs[-1])
+
+        def work() -> None:
+            for shape in shapes:
+                step = self._step(shape)
+                self._make_empty(step)
+                self._run(step)
+
+        try:
+            return ahead.compile_all(work, threads)
+        finally:
+            self._layers = whole
+
     @torch.inference_mode()
     def capture(self, shape: Shape) -> None:
         """Capture the graph of one shape now, if it has none."""
         step = self._step(shape)
-        if self._use_graphs and step.graph is None and not step.refused:
+        if self._use_graphs and step.graph is None:
             self._capture(step)
 
-    def _capture(self, step: _Step) -> None:
-        try:
-            step.graph = self._captured_graph(step)
-        except torch.OutOfMemoryError:
-            step.refused = True
-            log.warning("no memory for the graph of %s: such steps run kernel by kernel", step.shape)
-        else:
+    def _capture(self, step: _Step) -> bool:
+        """Give the step its graph; False where there is no memory for one, and then ever after."""
+        if step.refused:
+            return False
+        free, _ = torch.cuda.mem_get_info()
+        if free >= LEFT_FREE_BYTES:
+            try:
+                step.graph = self._captured_graph(step)
+            except RuntimeError as error:
+                # What the driver lacks memory for is no OutOfMemoryError of torch's
+                if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error):
+                    raise
+        if step.graph is not None:
             self._captured.append(step)
+        else:
+            step.refused = True
+            log.warning("no memory for the graph of %s (%.2f GiB free): another serves it", step.shape, free / 2**30)
+        return not step.refused
 
     def _captured_graph(self, step: _Step) -> torch.cuda.CUDAGraph:
         self._make_empty(step)

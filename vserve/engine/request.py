@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, NewType, Protocol
 
 RequestId = NewType("RequestId", int)
@@ -33,6 +33,9 @@ class Constraint(Protocol):
         generated: all ids of the answer so far; a call sees those of the call before and what has come since.  Raises
         BadRequest where nothing can be said: that ends this one sequence.
         """
+
+    def afresh(self) -> Constraint:
+        """The same for another answer, from its start."""
 
 
 class RequestFault(str):
@@ -78,6 +81,9 @@ class GenRequest:
     prompt: token ids, non-empty, each in [0, vocabulary).  len(prompt) + max_tokens <= the context length.
     max_tokens >= 1, or 0 where only prompt_logprobs are wanted; 0 <= min_tokens <= max_tokens: no id of stop_ids can be
     drawn before min_tokens tokens, unless a constraint leaves nothing else.
+    continued: tokens of the answer that were drawn before, fewer than max_tokens; the answer goes on behind them.
+    They are computed again, never emitted, and count as drawn in every respect: places of seeded draws, penalties,
+    min_tokens, max_tokens, the constraint.
     constraint: what the answer must follow, or None.  prompt_logprobs: None is off, k >= 0 reports the prompt's tokens
     and the k most likely at each place.
     stop_ids: ids that end the sequence (the end-of-text ids are in it unless ignore_eos was asked for).
@@ -95,8 +101,20 @@ class GenRequest:
     priority: int = 0
     arrival_s: float = 0.0
     deadline_s: float | None = None
+    continued: Sequence[int] = ()
     constraint: Constraint | None = None
     prompt_logprobs: int | None = None
+
+    def behind(self, drawn: Sequence[int], id: RequestId, arrival_s: float) -> GenRequest:
+        """This request again, to go on behind the tokens drawn so far.  The prompt's scores came with the first."""
+        return replace(
+            self,
+            id=id,
+            arrival_s=arrival_s,
+            continued=drawn,
+            constraint=None if self.constraint is None else self.constraint.afresh(),
+            prompt_logprobs=None if drawn else self.prompt_logprobs,
+        )
 
     @property
     def needs_ids(self) -> bool:

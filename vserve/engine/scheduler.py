@@ -41,8 +41,10 @@ class Limits:
     max_num_seqs: sequences that hold blocks at once, and the number of rows.  max_num_batched_tokens: tokens of one
     step.  max_prefill_chunk: prompt tokens of a step that also decodes, so that decodes never wait long; a step
     without decodes takes whole prompts.  prefill_target: where tokens of one step cost less up to so many and the same
-    beyond (a GPU).  A step that decodes takes so many prompt tokens, and more, up to max_prefill_chunk, only while
-    many wait; a step that does not takes one prompt, and others only up to so many.  None: as many as may be.
+    beyond (a GPU): a step that does not decode takes one prompt, and others only up to so many.  None: as many as may
+    be.  mixed_sizes: tokens, decodes included, of steps that cost little for their size, ascending.  A step that
+    decodes fills the smallest that leaves LEAST_CHUNK for prompts, and a larger one only while many wait; empty: it
+    takes max_prefill_chunk.
     max_model_len: prompt and answer together.  vocab_size: when given, a prompt id outside it is refused here,
     whatever the caller checked.  max_scored_tokens: prompt tokens of a step whose log-probabilities are worked out;
     each takes a row of logits.
@@ -55,6 +57,7 @@ class Limits:
     max_model_len: int
     max_prefill_chunk: int = 256
     prefill_target: int | None = None
+    mixed_sizes: tuple[int, ...] = ()
     prefix_caching: bool = True
     vocab_size: int | None = None
     max_scored_tokens: int = MAX_SCORED_TOKENS
@@ -86,8 +89,10 @@ class _Room(NamedTuple):
     further: int
 
 
-BACKLOG = 8
-"""A step takes a further prefill_target of prompt tokens for every so many of them that wait."""
+LEAST_CHUNK = 128
+"""Prompt tokens that a step of one of mixed_sizes has room for."""
+BACKLOG = 2048
+"""A step that decodes takes the next larger size for every so many prompt tokens that wait."""
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:
@@ -199,8 +204,14 @@ class Scheduler:
                 f"The prompt has {len(prompt)} tokens and max_tokens is {request.max_tokens}; "
                 f"together they may be at most {most}."
             )
-        if limits.vocab_size is not None and not 0 <= min(prompt) <= max(prompt) < limits.vocab_size:
-            return f"The prompt has a token id outside the vocabulary of {limits.vocab_size}."
+        drawn = request.continued
+        if drawn and len(drawn) >= request.max_tokens:
+            return (
+                f"{len(drawn)} tokens are drawn already and max_tokens is {request.max_tokens}: none is left to draw."
+            )
+        for ids in (prompt, drawn):
+            if limits.vocab_size is not None and ids and not 0 <= min(ids) <= max(ids) < limits.vocab_size:
+                return f"The prompt has a token id outside the vocabulary of {limits.vocab_size}."
         return None
 
     def cancel(self, request_id: RequestId, reason: FinishReason, now_s: float) -> Emit | None:
@@ -250,10 +261,15 @@ class Scheduler:
         left = limits.max_num_batched_tokens - decodes
         if not decodes:
             return _Room(left, min(left, target))
-        # Whole multiples: a runner has its shapes for those.  A prompt that comes alone is taken alone: prompts taken
-        # together end together and come back together, and then each waits for all.
-        wanted = target * (1 + self._waiting_tokens // (BACKLOG * target))
-        allowance = min(left, limits.max_prefill_chunk, wanted)
+        allowance = min(left, limits.max_prefill_chunk)
+        sizes = limits.mixed_sizes
+        if sizes:
+            place = bisect_left(sizes, decodes + LEAST_CHUNK) + self._waiting_tokens // BACKLOG
+            place = min(place, len(sizes) - 1)
+            while place and sizes[place] - decodes > allowance:
+                place -= 1
+            # Less than the bounds allow, so that the step is one of those sizes: the next tokens would cost the most.
+            allowance = min(allowance, max(sizes[place] - decodes, LEAST_CHUNK))
         return _Room(allowance, allowance)
 
     def _plan_decodes(self, works: list[Work], full: dict[bytes, int]) -> None:
@@ -376,9 +392,10 @@ class Scheduler:
     def _note_admission(self, sequence: Sequence, now_s: float) -> None:
         if sequence.cached_tokens is None:
             sequence.scheduled_s = now_s
-            sequence.cached_tokens = sequence.planned
+            # Of a continued answer more than the prompt may be found.
+            sequence.cached_tokens = min(sequence.planned, sequence.prompt_length)
             self._prefix_queries += sequence.prompt_length
-            self._prefix_hits += sequence.planned
+            self._prefix_hits += sequence.cached_tokens
 
     # ---- results ----------------------------------------------------------------------------------------------
 

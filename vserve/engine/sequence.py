@@ -93,8 +93,8 @@ class Sequence:
         self.stop_ids = request.stop_ids
         self.needs_ids = request.needs_ids
         self.deadline_s = request.deadline_s
-        self.tokens = list(request.prompt)
-        self.prompt_length = len(self.tokens)
+        self.prompt_length = len(request.prompt)
+        self.tokens = [*request.prompt, *request.continued]
         self.max_length = self.prompt_length + request.max_tokens
         self.scored = self.prompt_length if request.prompt_logprobs is None else 1
         self.scores: list[TokenLogprobs] | None = None if request.prompt_logprobs is None else []

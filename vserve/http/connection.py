@@ -1,95 +1,42 @@
-"""Connection: one client, from accept to close: requests in order, one reply each, timers, flow control, the end.
+"""Connection: one client, from accept to close: requests in order, one reply each, timers, the end.
 
 Owns the walk along the state table and the promises of the wire: what is refused closes the connection, replies keep
-their order, a vanished client frees what its request holds.  Parsing is parser.py's, bytes out are outbox.py's.
-L only.  Sections named here are those of RFC 9112 unless another RFC is given.
+their order, a vanished client frees what its request holds.  Parsing is parser.py's, replies are replies.py's, the
+transport link.py's.  L only.  Sections named here are those of RFC 9112 unless another RFC is given.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
 import math
 from collections.abc import Awaitable, Callable
 from typing import cast
 
 from vserve.errors import ApiError, RequestTimeout, Unavailable
 from vserve.http.events import BodyPart, RequestHead
-from vserve.http.exchange import Exchange, Fields, Response
+from vserve.http.exchange import Exchange, Response
+from vserve.http.link import Ending
 from vserve.http.outbox import Outbox
-from vserve.http.parser import Parser
+from vserve.http.replies import STALL_LOOKS, Replies
 from vserve.http.router import Route
-from vserve.http.site import AccessEntry, KnownHead, Site, log
-from vserve.http.state import NEXT, Cause, State
-from vserve.http.writer import CLOSE, CONTINUE, KEEP, KEEP_1_0
-
-STALL_LOOKS = 4
-"""How often within write_stall_s a connection that writes is looked at."""
+from vserve.http.site import KnownHead, Site, log
+from vserve.http.state import Cause, State
+from vserve.http.writer import CLOSE, CONTINUE
 
 
-class Ending(enum.Enum):
-    """How a CLOSING connection goes."""
+class Connection(Replies):
+    """The protocol of one transport."""
 
-    FLUSH = "close once everything is written"
-    LINGER = "end our half once everything is written, then read and drop until the peer ends its own"
-    WAITING = "our half has ended; reading and dropping"
-    CLOSED = "transport.close() was called"
-
-
-class Connection(asyncio.Protocol):
-    """The protocol of one transport; also the Channel of its current exchange."""
-
-    __slots__ = (
-        "_body",
-        "_body_until_s",
-        "_dropped_bytes",
-        "_ending",
-        "_eof",
-        "_exchange",
-        "_fresh",
-        "_held_bytes",
-        "_keep",
-        "_outbox",
-        "_owes_continue",
-        "_parser",
-        "_reading",
-        "_refusal",
-        "_serving",
-        "_site",
-        "_spoken",
-        "_state",
-        "_task",
-        "_transport",
-        "_turn",
-        "address",
-        "deadline_s",
-        "dirty",
-        "peer",
-    )
+    __slots__ = ("_body_until_s", "_eof", "_fresh", "_owes_continue", "_spoken", "_turn")
 
     def __init__(self, site: Site) -> None:
-        self._site = site
-        self._parser = Parser(site.limits)
-        self._state = State.IDLE
-        self._exchange: Exchange | None = None
-        self._task: asyncio.Future[Response | None] | None = None
-        self._body = bytearray()
+        super().__init__(site)
         self._body_until_s = math.inf
-        self._dropped_bytes = 0
-        self._held_bytes = 0  # content counted in site.bodies_bytes
-        self._keep = False  # the connection persists after the stream that is open
         self._owes_continue = False  # the client waits for a 100 before it sends its content
-        self._ending = Ending.FLUSH
         self._eof = False  # the peer has ended its half while complete requests of it still wait
         self._fresh: bytes | None = None  # a read that began at a request's first byte: it may be a head to remember
-        self._reading = True
-        self._refusal: ApiError | None = None  # this connection is one too many
-        self._serving = False  # inside _advance, which flushes at its end
         self._spoken = False  # the peer has sent something
         self._turn: asyncio.Handle | None = None  # _advance goes on in the next pass of the loop
-        self.address = self.peer = ""
-        self.deadline_s = math.inf
-        self.dirty = False
 
     # From the transport
 
@@ -121,6 +68,8 @@ class Connection(asyncio.Protocol):
         if state >= State.CLOSING:
             self._drop(len(data))
             return
+        if state is not State.BODY:
+            self._ahead += data.count(b"\r\n\r\n")
         parser.feed(data)
         if state < State.HANDLING and self._turn is None:
             if state is State.BODY:
@@ -148,9 +97,11 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._outbox.pause(self._site.clock())
+        self._fall_behind(self._transport.get_write_buffer_size())
 
     def resume_writing(self) -> None:
         self._outbox.resume()
+        self._fall_behind(-self._behind_bytes)
         exchange = self._exchange
         if exchange is not None and exchange.on_writable is not None:
             self._call(exchange.on_writable)
@@ -161,6 +112,7 @@ class Connection(asyncio.Protocol):
         if self._state is State.CLOSED:
             return
         self._move(Cause.LOST)
+        self._fall_behind(-self._behind_bytes)
         self.deadline_s = math.inf
         if self._turn is not None:
             self._turn.cancel()
@@ -235,6 +187,8 @@ class Connection(asyncio.Protocol):
         site = self._site
         exchange = self._exchange = Exchange(self, head, site.request_id(head), site.clock())
         site.active += 1
+        if self._ahead:
+            self._ahead -= 1
         fresh, self._fresh = self._fresh, None
         try:
             answer = self._admit(exchange)
@@ -267,6 +221,9 @@ class Connection(asyncio.Protocol):
             raise self._refusal
         gate = site.hooks.gate
         refusal = gate(head, route) if gate is not None else None
+        if refusal is None and not route.vital:
+            length = head.content_length or 0
+            refusal = site.crowded(length if route.body and length <= site.limits.body_bytes else 0)
         if refusal is not None:
             raise refusal
         return None
@@ -291,8 +248,8 @@ class Connection(asyncio.Protocol):
             return
         self._held_bytes += len(data)
         site.bodies_bytes += len(data)
-        if site.bodies_bytes > site.limits.bodies_bytes:
-            raise Unavailable("The server holds too many request bodies.", retry_after_s=1, close=True)
+        if site.in_flight_bytes > site.limits.in_flight_bytes:
+            raise Unavailable("The server holds too many bytes of requests.", retry_after_s=1, close=True)
         # One growing buffer, not a list: content that comes byte by byte must not cost an object each.
         self._body += data
 
@@ -362,150 +319,7 @@ class Connection(asyncio.Protocol):
         self._last(Ending.LINGER)
         self._flush_soon()
 
-    # Replies: the Channel of the exchange
-
-    @property
-    def writable(self) -> bool:
-        """False while the transport's buffer is above its high-water mark."""
-        return self._outbox.writable
-
-    def reply(self, exchange: Exchange, response: Response) -> None:
-        """Give a whole reply and end the exchange."""
-        if self._state is State.STREAMING:
-            raise RuntimeError("a streamed reply has begun")
-        head = exchange.head
-        if self._site.hooks.reply_headers is not None:
-            response = self._decorate(head, response)
-        # 9.3 and 9.6: with content unread the next request could not be found, so the connection ends.
-        keep = self._state is State.HANDLING and self._may_keep(head, response.headers)
-        persistence = CLOSE if not keep else KEEP if head.version == (1, 1) else KEEP_1_0
-        head_only = head.method == "HEAD"
-        self._outbox.put(self._serialise(response, exchange.id, persistence, head_only))
-        exchange.status = response.status
-        exchange.body_bytes_sent = 0 if head_only else len(response.body)
-        self._finish(exchange, keep=keep)
-
-    def start_stream(self, exchange: Exchange, status: int, content_type: str, headers: Fields) -> None:
-        """Begin a streamed reply."""
-        if self._state is not State.HANDLING:
-            raise RuntimeError("a streamed reply has begun already")
-        head, site = exchange.head, self._site
-        if site.hooks.reply_headers is not None:
-            headers = (*headers, *site.hooks.reply_headers(head))
-        chunked = head.version == (1, 1)  # 6.1: no transfer coding to a 1.0 client; 6.3 (8): the close ends it
-        self._keep = chunked and self._may_keep(head, headers)
-        persistence = KEEP if self._keep else CLOSE
-        data = site.writer.stream_head(status, content_type, headers, exchange.id, persistence, chunked=chunked)
-        self._move(Cause.STREAMED)
-        exchange.status = status
-        self._outbox.put(data)
-        self._outbox.open_stream(chunked=chunked and head.method != "HEAD")
-        self.deadline_s = site.clock() + site.limits.write_stall_s / STALL_LOOKS
-        self._flush_soon()
-
-    def write(self, exchange: Exchange, data: bytes) -> None:
-        """Add content to the streamed reply."""
-        if self._state is not State.STREAMING:
-            raise RuntimeError("no streamed reply has begun")
-        if not data or exchange.head.method == "HEAD":  # RFC 9110 9.3.2
-            return
-        exchange.body_bytes_sent += len(data)
-        if self._outbox.put_stream(data):
-            self._flush_soon()
-        else:
-            self._transport.abort()
-
-    def end(self, exchange: Exchange) -> None:
-        """Complete the streamed reply."""
-        if self._state is not State.STREAMING:
-            raise RuntimeError("no streamed reply has begun")
-        self._outbox.close_stream()
-        # Asked again: the server may have begun to drain since, and the client learns it by the close.
-        self._finish(exchange, keep=self._keep and not self._site.draining)
-
-    def abort(self, exchange: Exchange) -> None:
-        """Cut the connection in the middle of the reply."""
-        self._finish(exchange, keep=False)
-        self.drop()
-
-    def _may_keep(self, head: RequestHead, headers: Fields) -> bool:
-        if not head.keep_alive or self._site.draining or self._refusal is not None:
-            return False
-        if not headers:
-            return True
-        return not any(name.lower() == "connection" and value.lower() == "close" for name, value in headers)
-
-    def _decorate(self, head: RequestHead, response: Response) -> Response:
-        extra = self._site.hooks.reply_headers
-        headers = (*response.headers, *extra(head)) if extra is not None else response.headers
-        return Response(response.status, response.body, response.content_type, headers)
-
-    def _serialise(self, response: Response, request_id: str, persistence: str, head_only: bool = False) -> bytes:
-        writer = self._site.writer
-        try:
-            return writer.reply(response, request_id, persistence, head_only)
-        except ValueError:  # a handler's header that is none: our bug, which must not leave the client without a reply
-            log.exception("request %s: the reply has an invalid header", request_id)
-            plain = Response(500, b"Internal error; the request id is " + request_id.encode(), "text/plain")
-            return writer.reply(plain, request_id, persistence, head_only)
-
-    def _finish(self, exchange: Exchange, *, keep: bool) -> None:
-        """The reply is complete, or never will be: back to IDLE, or on to the end."""
-        site = self._site
-        head, whole = exchange.head, self._state >= State.HANDLING
-        self._exchange = self._task = None
-        exchange.detach()
-        self._settle(exchange)
-        if keep:
-            self._move(Cause.ANSWERED)
-            self.deadline_s = site.clock() + site.limits.keep_alive_s
-        else:
-            # 9.6: closing with bytes unread would reset the connection and may take the reply with it.
-            unread = not whole or (self._parser.buffered and head.keep_alive)
-            self._last(Ending.LINGER if unread else Ending.FLUSH)
-        if not self._serving:
-            self._flush_soon()
-
-    def _settle(self, exchange: Exchange) -> None:
-        """Give back what the exchange held, and log it."""
-        site = self._site
-        site.active -= 1
-        if self._held_bytes:
-            site.bodies_bytes -= self._held_bytes
-            self._held_bytes = 0
-            self._body = bytearray()
-        if site.hooks.access_log is not None:
-            self._log(exchange, exchange.status, exchange.body_bytes_sent, exchange.id)
-        if site.watched:
-            site.tell_quiet()
-
-    def _log(self, exchange: Exchange | None, status: int, body_bytes: int, request_id: str) -> None:
-        site = self._site
-        if site.hooks.access_log is None:
-            return
-        entry = AccessEntry(
-            method=exchange.head.method if exchange is not None else None,
-            route=exchange.route.name if exchange is not None and exchange.route is not None else None,
-            status=status,
-            duration_s=site.clock() - exchange.received_s if exchange is not None else 0.0,
-            body_bytes=body_bytes,
-            request_id=request_id,
-            peer=self.peer,
-            gone=exchange is not None and exchange.gone,
-        )
-        try:
-            site.hooks.access_log(entry)
-        except Exception:
-            log.exception("the access log failed")
-
-    # Time, flow and the end
-
-    def _move(self, cause: Cause) -> None:
-        self._state = NEXT[self._state, cause]
-
-    def _flush_soon(self) -> None:
-        if not self._serving:
-            self._site.flush_later(self)
+    # Time and the end
 
     def flush(self) -> None:
         """Write what is queued, then go on: to the next request, or to the end."""
@@ -520,17 +334,6 @@ class Connection(asyncio.Protocol):
     def _take_turn(self) -> None:
         if self._turn is None:
             self._turn = self._site.loop.call_soon(self._advance)
-
-    def _bound_reading(self, *, starved: bool = False) -> None:
-        """Read on while what has been read ahead is bounded, and always when a request is incomplete without more."""
-        reading = starved or self._state >= State.CLOSING or self._parser.buffered <= self._site.limits.pipeline_bytes
-        if reading == self._reading or self._transport.is_closing():
-            return
-        self._reading = reading
-        if reading:
-            self._transport.resume_reading()
-        else:
-            self._transport.pause_reading()
 
     def expire(self, now_s: float) -> None:
         """The deadline of the present state has passed."""
@@ -562,31 +365,6 @@ class Connection(asyncio.Protocol):
         if self._state is State.IDLE or (self._state is State.HEAD and self._parser.clean):
             self._last(Ending.FLUSH)
             self.flush()
-
-    def drop(self) -> None:
-        """End at once; the exchange is told by connection_lost."""
-        self._transport.abort()
-
-    def _last(self, ending: Ending) -> None:
-        self._move(Cause.LAST)
-        self._ending = ending
-        self.deadline_s = self._site.clock() + self._site.limits.linger_s
-
-    def _close(self) -> None:
-        """9.6: closing in stages, so that the peer can read the last reply."""
-        if self._ending is Ending.LINGER:
-            self._ending = Ending.WAITING
-            if self._transport.can_write_eof():
-                self._transport.write_eof()
-            self._bound_reading()
-        elif self._ending is Ending.FLUSH:
-            self._ending = Ending.CLOSED
-            self._transport.close()
-
-    def _drop(self, num_bytes: int) -> None:
-        self._dropped_bytes += num_bytes
-        if self._dropped_bytes > self._site.limits.linger_bytes:
-            self.drop()
 
     def _give_up(self) -> None:
         """The client is gone: whatever works for it stops."""

@@ -18,9 +18,11 @@ class Limits:
     request_line_bytes   without its CRLF -> 414
     header_bytes, header_count   the whole field section, also of trailers -> 431
     body_bytes           one request's content -> 413
-    bodies_bytes         content held for all requests together -> 503
+    in_flight_bytes   content held for all requests together, and what waits for clients that are behind; above 90 % of
+                      it new work gets 503, a body beyond it too, and who is behind when it is passed is cut off
     chunk_line_bytes, chunk_extension_bytes   one chunk-size line; all extensions of one body -> 400
     pipeline_bytes       read ahead while a reply is being made; above it reading pauses
+    pipelined_requests   waiting behind the one being answered; with more the connection ends after its reply
     turn_events          parser events served before other connections get a turn of the loop
     connections          open ones; above it only vital routes are served, and the connection ends with a 503
     spare_connections    how many above `connections` are still told so; the rest are dropped at once
@@ -39,10 +41,11 @@ class Limits:
     header_bytes: int = 64 * KIB
     header_count: int = 256
     body_bytes: int = 32 * MIB
-    bodies_bytes: int = 512 * MIB
+    in_flight_bytes: int = 512 * MIB
     chunk_line_bytes: int = 256
     chunk_extension_bytes: int = 16 * KIB
     pipeline_bytes: int = 64 * KIB
+    pipelined_requests: int = 256
     turn_events: int = 64
     connections: int = 8192
     spare_connections: int = 64

@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import logging
 import secrets
+import select
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -31,6 +32,9 @@ FLUSH_SLICE = 64
 KNOWN_HEADS = 256
 KNOWN_HEAD_BYTES = 1024
 """Bounds of the memory of whole heads: probes and simple clients send the same bytes again and again."""
+
+NEW_WORK_SHARE = 0.9
+"""Share of the bytes in flight up to which new work is let in; the rest is for what has begun."""
 
 _UNIQUE_FIELDS = ("authorization", "cookie", "x-api-key", "x-request-id")
 
@@ -82,14 +86,23 @@ class KnownHead:
     route: Route
 
 
-class Peer(Protocol):
+class Carrier(Protocol):
+    """What the site does with the transport of a connection."""
+
+    dirty: bool
+
+    @property
+    def descriptor(self) -> int | None: ...
+    def hung_up(self, broken: bool) -> None: ...
+    def flush(self) -> None: ...
+
+
+class Peer(Carrier, Protocol):
     """What the site does with a connection."""
 
     address: str
     deadline_s: float
-    dirty: bool
 
-    def flush(self) -> None: ...
     def expire(self, now_s: float) -> None: ...
     def drain(self) -> None: ...
     def retire(self) -> None: ...
@@ -111,10 +124,12 @@ class Site:
         self.connections: set[Peer] = set()
         self.active = 0  # exchanges whose reply has not ended
         self.bodies_bytes = 0  # content held for them
+        self.behind_bytes = 0  # what waits for clients that read too slowly
+        self.deaf: set[Carrier] = set()  # connections from which nothing is read: the end of their peers is looked for
         self.draining = False
         self.known: dict[bytes, KnownHead] = {}
         self._per_address: dict[str, int] = {}
-        self._dirty: list[Peer] = []
+        self._dirty: list[Carrier] = []
         self._tasks: set[asyncio.Future[Response | None]] = set()
         self._sweeper: asyncio.TimerHandle | None = None
         self._id_prefix = f"req-{secrets.token_hex(6)}-"
@@ -146,6 +161,7 @@ class Site:
         if peer not in self.connections:
             return
         self.connections.remove(peer)
+        self.deaf.discard(peer)
         left = self._per_address[peer.address] - 1
         if left:
             self._per_address[peer.address] = left
@@ -231,7 +247,7 @@ class Site:
 
     # The flush pass and the sweep
 
-    def flush_later(self, peer: Peer) -> None:
+    def flush_later(self, peer: Carrier) -> None:
         """Flush the connection at the end of this pass of the loop; one callback serves them all."""
         if not peer.dirty:
             peer.dirty = True
@@ -254,9 +270,40 @@ class Site:
         for peer in [peer for peer in self.connections if peer.deadline_s <= now_s]:
             peer.expire(now_s)
 
+    def look_for_ends(self) -> None:
+        """Tell the connections that read nothing for now when their peers have ended or vanished."""
+        if not self.deaf:
+            return
+        poll, peers = select.poll(), {}
+        for peer in self.deaf:
+            descriptor = peer.descriptor
+            if descriptor is not None:
+                poll.register(descriptor, select.POLLRDHUP)
+                peers[descriptor] = peer
+        for descriptor, events in poll.poll(0):
+            peers[descriptor].hung_up(broken=bool(events & (select.POLLHUP | select.POLLERR | select.POLLNVAL)))
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """Bytes held for clients: see Limits."""
+        return self.bodies_bytes + self.behind_bytes
+
+    def crowded(self, more_bytes: int) -> Unavailable | None:
+        """The 503 for new work that brings so many bytes of content, None while there is room for it."""
+        limit = self.limits.in_flight_bytes
+        held = self.in_flight_bytes
+        if held <= limit * NEW_WORK_SHARE and held + more_bytes <= limit:
+            return None
+        return Unavailable(
+            f"The server holds {held} bytes of requests and replies, the limit is {limit}; try again later.",
+            retry_after_s=1,
+            close=True,
+        )
+
     def _sweep(self) -> None:
         self._sweeper = None
         self.sweep(self.clock())
+        self.look_for_ends()
         if self.connections:
             self._sweeper = self.loop.call_later(SWEEP_S, self._sweep)
 

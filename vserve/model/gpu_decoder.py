@@ -30,6 +30,7 @@ class GpuDecoder(Decoder):
     ) -> None:
         """norm [D]: the last norm's weight, which also tells device and dtype.  head: D -> V."""
         super().__init__(config, cuda, embedding, blocks, norm, head)
+        self._ends = (blocks[0], blocks[-1])
         self._plain_head = _plain(head)
         self._layers = tuple(
             (
@@ -47,6 +48,10 @@ class GpuDecoder(Decoder):
     def rotation(self) -> tuple[Tensor, Tensor]:
         """cos and sin [max_position, head_dim / 2] float32."""
         return self._cos, self._sin
+
+    def ends(self) -> GpuDecoder:
+        """The first and the last layer alone: they launch every kernel that all of them launch."""
+        return GpuDecoder(self.config, self._embedding, self._ends, self._norm, self._plain_head)
 
     @torch.inference_mode()
     def forward(self, step: Step, cache: KvCache) -> Tensor:

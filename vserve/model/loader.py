@@ -10,6 +10,7 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from typing import Final, Protocol
 
@@ -24,6 +25,7 @@ from vserve.model.decoder import Decoder
 from vserve.model.layers import Block, DenseEmbedding, Embedding, StoredEmbedding
 from vserve.model.linear import GroupedLinear, Linear, dense_linear, has_grouped
 from vserve.model.source import ModelSource
+from vserve.model.upload import MOST_THREADS, Uploader
 from vserve.model.weights import StoredTensor, Weights
 
 Progress = Callable[[int, int], None]
@@ -73,7 +75,11 @@ def load_weights(
     """The decoder of config with the tensors of weights; errors as in load."""
     check(weights, config)
     copies = 4 * _linear_numbers(config) <= dense_copy_limit
-    return _build(_StoredParts(weights, config.tie_embeddings, device, dtype, copies), config, progress)
+    if device.type != "cuda":
+        return _build(_StoredParts(weights, config.tie_embeddings, device, dtype, copies), config, progress)
+    with closing(Uploader(device)) as uploader:
+        parts = _StoredParts(weights, config.tie_embeddings, device, dtype, copies, uploader)
+        return _build(parts, config, progress, MOST_THREADS)
 
 
 def load_dummy(
@@ -160,12 +166,13 @@ class _Parts(Protocol):
         """The embedding and the head."""
 
 
-def _build(parts: _Parts, config: ModelConfig, progress: Progress | None) -> Decoder:
+def _build(parts: _Parts, config: ModelConfig, progress: Progress | None, most_threads: int | None = None) -> Decoder:
     """One layer on each thread at a time: what is done to a layer is many operations too small to share."""
     threads = torch.get_num_threads()
+    loaders = threads if most_threads is None else min(threads, most_threads)
     blocks = []
     try:
-        with ThreadPoolExecutor(threads, "loader", torch.set_num_threads, (1,)) as pool:
+        with ThreadPoolExecutor(loaders, "loader", torch.set_num_threads, (1,)) as pool:
             ends = pool.submit(parts.ends)
             for block in pool.map(partial(_block, parts), range(config.num_layers)):
                 blocks.append(block)
@@ -199,8 +206,17 @@ def _block(parts: _Parts, layer: int) -> Block:
 class _StoredParts:
     """Parts from the tensors of a file."""
 
-    def __init__(self, weights: Weights, tied: bool, device: torch.device, dtype: torch.dtype, copies: bool) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        tied: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+        copies: bool,
+        uploader: Uploader | None = None,
+    ) -> None:
         self._weights = weights
+        self._uploader = uploader
         self._tied = tied
         self._device = device
         self._dtype = dtype
@@ -240,7 +256,7 @@ class _StoredParts:
         if stored.quantised and self._device.type == "cpu":
             return StoredEmbedding(stored.select_rows(torch.arange(stored.shape[0])), self._dtype)
         if table is None:
-            table = stored.dense(self._dtype if stored.quantised else stored.data.dtype).to(self._device)
+            table = self._dense([stored], self._dtype if stored.quantised else stored.data.dtype)
         return DenseEmbedding(table, self._dtype)
 
     def _linear(self, stored: Sequence[StoredTensor], bias: Tensor | None) -> Linear:
@@ -250,13 +266,17 @@ class _StoredParts:
         many = dense_linear(self._dense(stored), bias) if self._copies else None
         return GroupedLinear(q, scale, minimum, bias, many)
 
-    def _dense(self, stored: Sequence[StoredTensor]) -> Tensor:
-        """The numbers of all parts one below the other, [sum of rows, cols], on the device."""
+    def _dense(self, stored: Sequence[StoredTensor], dtype: torch.dtype | None = None) -> Tensor:
+        """The numbers of all parts one below the other, [sum of rows, cols], on the device; dtype None: the model's."""
         rows = sum(part.shape[0] for part in stored)
-        weight = torch.empty((rows, stored[0].shape[1]), dtype=self._dtype, device=self._device)
+        weight = torch.empty((rows, stored[0].shape[1]), dtype=dtype or self._dtype, device=self._device)
         start = 0
         for part in stored:
-            weight[start : start + part.shape[0]] = part.dense(self._dtype)
+            target = weight[start : start + part.shape[0]]
+            if self._uploader is None:
+                part.write_rows(0, part.shape[0], target)
+            else:
+                self._uploader.rows(target, part.write_rows)
             start += part.shape[0]
         return weight
 

@@ -92,6 +92,11 @@ class StoredTensor:
             return self.data.to(dtype, copy=True).contiguous()
         return quant.dequantize(self.kind, self.blocks(), dtype).reshape(self.shape)
 
+    def write_rows(self, start: int, stop: int, out: Tensor) -> None:
+        """The numbers of rows start to stop, into out [stop - start, ...] of any plain dtype, on the host."""
+        part = self.rows(start, stop)
+        out.copy_(part.dense(out.dtype) if part.quantised else part.data)
+
 
 def require_size(path: Path, size: int) -> None:
     """StartupError when a mapped file has become shorter than size bytes: touching what is gone kills the process."""

@@ -66,6 +66,10 @@ class Matcher:
         self._matcher: LLMatcher | None = None
         self._num_seen = 0
 
+    def afresh(self) -> Matcher:
+        """A matcher of the same grammar at its start."""
+        return Matcher(self._grammar)
+
     def mask(self, generated: Sequence[int]) -> bytes:
         """Which ids may follow these: bit i % 8 of byte i // 8 for id i.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final, Self
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from vserve.errors import BadRequest, StartupError, shorten
 
@@ -77,6 +77,9 @@ class Tokenizer:
         self._visible_bytes = list(self._bytes)
         for id in self.special_ids:
             self._visible_bytes[id] = b""
+        # Byte-level vocabularies may lack a byte that hardly any text has: the library leaves it out.
+        self._lost = bytes({*range(256)} - {piece[0] for piece in self._bytes if len(piece) == 1})
+        self._most_bytes = _most_bytes_of_a_token(core, self._bytes, self._lost)
         self._partly_visible: dict[frozenset[int], list[bytes]] = {}
 
     @classmethod
@@ -225,6 +228,16 @@ class Tokenizer:
                 f"the tokenizer does not match the model: it has {self.vocab_size} tokens, the model {model_vocab_size}"
             )
 
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens that encoding text is sure to reach, without encoding it.
+
+        The length in bytes over that of the longest token; 0 for vocabularies where bytes may get lost on the way.
+        """
+        if self._most_bytes is None:
+            return 0
+        data = text.encode("utf-8", "surrogatepass")
+        return -(-len(data.translate(None, self._lost)) // self._most_bytes)
+
     def _literal_core(self) -> tokenizers.Tokenizer:
         """A twin that reads special tokens as ordinary text, made when first asked for.
 
@@ -236,6 +249,50 @@ class Tokenizer:
                 twin.encode_special_tokens = True
                 self._literal = twin
             return self._literal
+
+
+_COMPOSING: Final = 3
+"""NFC makes at most so many bytes into one: U+0390, two bytes, is six when it is written out."""
+_MOST_LOST: Final = 64
+"""A vocabulary that lacks more bytes than this is not one of bytes."""
+_KEEPS_BYTES: Final = frozenset({"ByteLevel", "Digits", "Split", "Punctuation", "Metaspace"})
+
+
+_NOT_IN_UTF8: Final = bytes((0xC0, 0xC1, *range(0xF5, 0x100)))
+
+
+def _most_bytes_of_a_token(core: tokenizers.Tokenizer, token_bytes: Sequence[bytes], lost: bytes) -> int | None:
+    """The most bytes of text, less the lost ones, that one token can stand for; None where that is unknown.
+
+    Known only where no step drops text: a BPE of bytes, no token that takes the spaces beside it.
+    """
+    if not isinstance(core.model, models.BPE) or len(lost) > _MOST_LOST:
+        return None
+    if any(token.lstrip or token.rstrip for token in core.get_added_tokens_decoder().values()):
+        return None
+    if any(step.get("type") not in _KEEPS_BYTES or _removes(step) for step in _steps(core.pre_tokenizer)):
+        return None
+    factor = 1
+    for step in _steps(core.normalizer):
+        kind = step.get("type")
+        if kind == "NFC" and not lost.strip(_NOT_IN_UTF8):
+            factor = _COMPOSING
+        elif kind != "Prepend" and not (kind == "Replace" and step.get("content") == _SPACE):
+            return None
+    return factor * max(map(len, token_bytes))
+
+
+def _steps(part: pre_tokenizers.PreTokenizer | normalizers.Normalizer | None) -> list[dict[str, object]]:
+    """What a part of the tokenizer does, one step after the other; an unreadable one is a step without a type."""
+    if part is None:
+        return []
+    state: dict[str, object] = json.loads(part.__getstate__())
+    nested = state.get("pretokenizers", state.get("normalizers"))
+    return nested if isinstance(nested, list) else [state]
+
+
+def _removes(step: dict[str, object]) -> bool:
+    return str(step.get("behavior", "")).lower() == "removed"
 
 
 def has_tokenizer(folder: Path) -> bool:

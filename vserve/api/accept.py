@@ -1,0 +1,23 @@
+"""What kind of reply a client would rather have: the Accept header (RFC 9110 12.5.1).  Pure."""
+
+from __future__ import annotations
+
+import re
+
+_RANGE = re.compile(r"\s*([^;,\s]+)\s*((?:;[^,]*)?)")
+_WEIGHT = re.compile(r";\s*q\s*=\s*([01](?:\.\d{0,3})?)")
+
+
+def prefers(accept: str | None, kind: str, over: str) -> bool:
+    """Whether the header weighs the media type kind above the other; without a header it does not."""
+    if accept is None:
+        return False
+    weights: dict[str, float] = {}
+    for name, parameters in _RANGE.findall(accept[:1024]):
+        weight = _WEIGHT.search(parameters)
+        weights[name.lower()] = float(weight[1]) if weight else 1.0
+
+    def weight_of(name: str) -> float:
+        return weights.get(name, weights.get(f"{name.partition('/')[0]}/*", weights.get("*/*", 0.0)))
+
+    return weight_of(kind) > weight_of(over)

@@ -1,0 +1,134 @@
+"""/openapi.json: the description of the server, made of the route table, the field tables and the reply shapes.
+
+Writes down nothing that those tables do not say.  ``describe`` is pure; the endpoint belongs to the event-loop thread
+and has the description made in the pool, once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+
+import orjson
+
+from vserve.api import reply_schema
+from vserve.api.app import App
+from vserve.api.entry import OPEN, Doc, Entry
+from vserve.api.fields import Schema, Table, object_schema
+from vserve.http.exchange import Exchange, Response
+
+ABOUT = (
+    "An OpenAI-compatible inference server.  A field without effect is named in the header x-ignored-params of the "
+    "reply; null means the same as a field that was not sent.  A key is asked for only where the server has keys."
+)
+_PARAMETER = re.compile(r"\{([a-z_]+)(?::path)?\}")
+
+
+class OpenApi:
+    """The endpoint."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._entries: Sequence[Entry] = ()
+        self._made: Response | None = None
+
+    def cover(self, entries: Sequence[Entry]) -> None:
+        """Say what is to be described; before the first request."""
+        self._entries = entries
+
+    async def get(self, exchange: Exchange) -> Response:
+        """The description; 304 for a client that has it."""
+        made = self._made
+        if made is None:
+            made = self._made = await self._app.off_loop(self._make)
+        known = exchange.head.headers.get("if-none-match")
+        etag = made.headers[0][1]
+        if known is not None and (known.strip() == "*" or etag in re.split(r"[\s,]+", known.replace("W/", ""))):
+            return Response(304, headers=made.headers)
+        return made
+
+    def _make(self) -> Response:
+        options = self._app.options
+        data = orjson.dumps(describe(self._entries, options.version, options.strict))
+        etag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
+        return Response(200, data, headers=(("etag", etag), ("cache-control", "no-cache")))
+
+
+def describe(entries: Sequence[Entry], version: str, strict: bool) -> dict[str, object]:
+    """The OpenAPI 3.1 document.  strict: fields without effect are refused."""
+    paths: dict[str, dict[str, object]] = {}
+    schemas = dict(reply_schema.SCHEMAS)
+    for entry in entries:
+        for body in entry.doc.takes:
+            schemas[body.name] = object_schema(body.rows, strict)
+        for i, pattern in enumerate(entry.patterns):
+            path = paths.setdefault(_PARAMETER.sub(r"{\1}", pattern), {})
+            for j, method in enumerate(entry.methods):
+                path[method.lower()] = _operation(entry, method, pattern, strict, first=i == 0 and j == 0)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "vserve", "version": version, "description": ABOUT},
+        "paths": paths,
+        "components": {"schemas": schemas, "securitySchemes": SECURITY},
+    }
+
+
+SECURITY: Schema = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key: Authorization: Bearer <key>."},
+    "apiKey": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same key in its own header."},
+}
+
+
+def _operation(entry: Entry, method: str, pattern: str, strict: bool, *, first: bool) -> dict[str, object]:
+    doc = entry.doc
+    words = "_".join(re.findall(r"\w+", f"{method.lower()} {_PARAMETER.sub('', pattern)}"))
+    made: dict[str, object] = {
+        "operationId": entry.name if first else f"{entry.name}_{words}",
+        "summary": doc.help,
+        "responses": _responses(doc),
+    }
+    parameters = [_path_parameter(name) for name in _PARAMETER.findall(pattern)] + _query(doc.query, strict)
+    if parameters:
+        made["parameters"] = parameters
+    if doc.takes and method == "POST":
+        refs: list[Schema] = [reply_schema.ref(body.name) for body in doc.takes]
+        schema: Schema = refs[0] if len(refs) == 1 else {"anyOf": list(refs)}
+        required = any(row.required for body in doc.takes for row in body.rows.values()) or not doc.query
+        made["requestBody"] = {"required": required, "content": {"application/json": {"schema": schema}}}
+    made["security"] = [] if entry.auth == OPEN else [{"bearer": [entry.auth]}, {"apiKey": [entry.auth]}]
+    return made
+
+
+def _path_parameter(name: str) -> Schema:
+    return {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+
+
+def _query(rows: Table, strict: bool) -> list[Schema]:
+    return [
+        {"name": name, "in": "query", "required": row.required, "schema": row.schema(strict)}
+        for name, row in rows.items()
+    ]
+
+
+def _responses(doc: Doc) -> Schema:
+    content: Schema = {}
+    if doc.reply is not None:
+        content["application/json"] = {"schema": reply_schema.ref(doc.reply)}
+    for kind in doc.texts:
+        content[kind] = {"schema": {"type": "string"}}
+    if doc.events is not None:
+        event: Schema = {"contentMediaType": "text/event-stream", "contentSchema": reply_schema.ref(doc.events)}
+        content["text/event-stream"] = {"schema": {"type": "string", **event}}
+    done: Schema = {"description": "Done."}
+    made: Schema = {"200": {**done, "content": content} if content else done}
+    for status, name in doc.also:
+        made[str(status)] = {
+            "description": "The same, with another verdict.",
+            "content": {"application/json": {"schema": reply_schema.ref(name)}},
+        }
+    made["default"] = {
+        "description": "Refused or failed; the message names the field, the value and the limit.",
+        "content": {"application/json": {"schema": reply_schema.ref(doc.error)}},
+    }
+    return made

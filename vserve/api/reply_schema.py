@@ -1,0 +1,317 @@
+"""The shapes of what the server answers, each once, by name: JSON Schemas (2020-12) for /openapi.json and the tests.
+
+The bytes themselves are worded by the endpoints; tests hold each endpoint's replies against its shape here.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from vserve.api.fields import Schema, or_null
+
+STRING: Final[Schema] = {"type": "string"}
+COUNT: Final[Schema] = {"type": "integer", "minimum": 0}
+NUMBER: Final[Schema] = {"type": "number"}
+BOOL: Final[Schema] = {"type": "boolean"}
+ANY_OBJECT: Final[Schema] = {"type": "object"}
+
+
+def ref(name: str) -> Schema:
+    """A reference to the schema of that name."""
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def record(fields: Schema, optional: Schema | None = None) -> Schema:
+    """An object that has all of fields and may have those of optional."""
+    return {"type": "object", "properties": {**fields, **(optional or {})}, "required": list(fields)}
+
+
+def many(items: Schema) -> Schema:
+    """A list."""
+    return {"type": "array", "items": items}
+
+
+def const(value: str) -> Schema:
+    """Always this string."""
+    return {"type": "string", "const": value}
+
+
+def one_of(*values: str) -> Schema:
+    """One of these strings."""
+    return {"type": "string", "enum": list(values)}
+
+
+_FINISH = one_of("stop", "length", "tool_calls", "abort", "error")
+_STOP_REASON: Schema = {"type": ["string", "integer", "null"]}
+_IDS = many(COUNT)
+_HEAD: Schema = {"id": STRING, "created": COUNT, "model": STRING, "system_fingerprint": STRING}
+_TOKEN: Schema = {"token": STRING, "logprob": NUMBER, "bytes": many(COUNT)}
+_CALL = record({"id": STRING, "type": const("function"), "function": record({"name": STRING, "arguments": STRING})})
+_CALL_DELTA = record(
+    {"index": COUNT},
+    {"id": STRING, "type": const("function"), "function": record({}, {"name": STRING, "arguments": STRING})},
+)
+_REASONING: Schema = {"reasoning": or_null(STRING), "reasoning_content": or_null(STRING)}
+_PROBE: Schema = record(
+    {"status": STRING, "phase": STRING},
+    {
+        "progress": or_null(NUMBER),
+        "heartbeat_age_s": NUMBER,
+        "reason": or_null(STRING),
+        "running": COUNT,
+        "waiting": COUNT,
+        "embedding_heartbeat_age_s": NUMBER,
+        "embedding_reason": or_null(STRING),
+        "embedding_requests": COUNT,
+    },
+)
+
+_BLOCK: Schema = {
+    "anyOf": [
+        record({"type": const("text"), "text": STRING}),
+        record({"type": const("thinking"), "thinking": STRING, "signature": STRING}),
+        record({"type": const("tool_use"), "id": STRING, "name": STRING, "input": ANY_OBJECT}),
+    ]
+}
+_DELTA: Schema = {
+    "anyOf": [
+        record({"type": const("text_delta"), "text": STRING}),
+        record({"type": const("thinking_delta"), "thinking": STRING}),
+        record({"type": const("input_json_delta"), "partial_json": STRING}),
+    ]
+}
+_STOP = or_null(one_of("end_turn", "max_tokens", "stop_sequence", "tool_use"))
+_STOPPED: Schema = {"stop_reason": _STOP, "stop_sequence": or_null(STRING)}
+_MESSAGE_EVENTS: list[Schema] = [
+    record({"type": const("message_start"), "message": ref("Message")}),
+    record({"type": const("ping")}),
+    record({"type": const("content_block_start"), "index": COUNT, "content_block": _BLOCK}),
+    record({"type": const("content_block_delta"), "index": COUNT, "delta": _DELTA}),
+    record({"type": const("content_block_stop"), "index": COUNT}),
+    record({"type": const("message_delta"), "delta": record(_STOPPED), "usage": ref("MessageUsage")}),
+    record({"type": const("message_stop")}),
+    ref("MessagesError"),
+]
+
+SCHEMAS: Final[dict[str, Schema]] = {
+    "Error": record(
+        {
+            "error": record(
+                {
+                    "message": STRING,
+                    "type": STRING,
+                    "param": {**or_null(STRING), "description": "the field, where there is one"},
+                    "code": {"type": "integer", "description": "the HTTP status"},
+                }
+            )
+        }
+    ),
+    "Health": _PROBE,
+    "Version": record({"version": STRING}),
+    "Load": record(
+        {"server_load": COUNT, "queue_size": COUNT, "active_workers": COUNT, "gpu_utilization": NUMBER},
+        {
+            "running": COUNT,
+            "waiting": COUNT,
+            "kv_cache_usage": NUMBER,
+            "kv_blocks_held": COUNT,
+            "kv_blocks_total": COUNT,
+            "embedding_requests": COUNT,
+            "embedding_tokens": COUNT,
+        },
+    ),
+    "Model": record(
+        {
+            "id": STRING,
+            "object": const("model"),
+            "created": COUNT,
+            "owned_by": STRING,
+            "root": STRING,
+            "parent": {"type": "null"},
+            "max_model_len": COUNT,
+            "permission": many(ANY_OBJECT),
+        }
+    ),
+    "ModelList": record({"object": const("list"), "data": many(ref("Model"))}),
+    "Usage": record(
+        {"prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tokens": COUNT},
+        {
+            "prompt_tokens_details": record({"cached_tokens": COUNT}),
+            "completion_tokens_details": record({}, {"reasoning_tokens": COUNT}),
+        },
+    ),
+    "ChatLogprobs": record(
+        {"content": many(record({**_TOKEN, "top_logprobs": many(record(_TOKEN))})), "refusal": {"type": "null"}}
+    ),
+    "ChatCompletion": record(
+        {
+            **_HEAD,
+            "object": const("chat.completion"),
+            "choices": many(
+                record(
+                    {
+                        "index": COUNT,
+                        "message": record(
+                            {
+                                "role": const("assistant"),
+                                "content": or_null(STRING),
+                                "refusal": {"type": "null"},
+                                **_REASONING,
+                            },
+                            {"tool_calls": many(_CALL)},
+                        ),
+                        "logprobs": or_null(ref("ChatLogprobs")),
+                        "finish_reason": or_null(_FINISH),
+                        "stop_reason": _STOP_REASON,
+                    },
+                    {"token_ids": _IDS},
+                )
+            ),
+            "usage": ref("Usage"),
+        },
+        {"prompt_token_ids": _IDS, "prompt_logprobs": {}},
+    ),
+    "ChatCompletionChunk": record(
+        {
+            **_HEAD,
+            "object": const("chat.completion.chunk"),
+            "choices": many(
+                record(
+                    {
+                        "index": COUNT,
+                        "delta": record(
+                            {},
+                            {
+                                "role": const("assistant"),
+                                "content": or_null(STRING),
+                                **_REASONING,
+                                "tool_calls": many(_CALL_DELTA),
+                            },
+                        ),
+                        "logprobs": or_null(ref("ChatLogprobs")),
+                        "finish_reason": or_null(_FINISH),
+                    },
+                    {"stop_reason": _STOP_REASON, "token_ids": _IDS},
+                )
+            ),
+        },
+        {"usage": or_null(ref("Usage")), "prompt_token_ids": _IDS, "prompt_logprobs": {}},
+    ),
+    "CompletionLogprobs": record(
+        {
+            "text_offset": many(COUNT),
+            "token_logprobs": many(or_null(NUMBER)),
+            "tokens": many(STRING),
+            "top_logprobs": many(or_null({"type": "object", "additionalProperties": NUMBER})),
+        }
+    ),
+    "Completion": record(
+        {
+            **_HEAD,
+            "object": const("text_completion"),
+            "choices": many(
+                record(
+                    {
+                        "index": COUNT,
+                        "text": STRING,
+                        "logprobs": or_null(ref("CompletionLogprobs")),
+                        "finish_reason": or_null(_FINISH),
+                        "stop_reason": _STOP_REASON,
+                    },
+                    {"token_ids": _IDS, "prompt_token_ids": _IDS, "prompt_logprobs": {}},
+                )
+            ),
+        },
+        {"usage": or_null(ref("Usage"))},
+    ),
+    "TokenizedText": record(
+        {"tokens": _IDS, "count": COUNT, "max_model_len": COUNT, "token_strs": or_null(many(STRING))}
+    ),
+    "Tokenized": {"anyOf": [ref("TokenizedText"), many(ref("TokenizedText"))]},
+    "Detokenized": record({"text": STRING, "prompt": STRING}),
+    "MessagesError": record(
+        {"type": const("error"), "error": record({"type": STRING, "message": STRING}), "request_id": STRING}
+    ),
+    "MessageUsage": record(
+        {
+            "input_tokens": {**COUNT, "description": "those that were not cached"},
+            "cache_creation_input_tokens": COUNT,
+            "cache_read_input_tokens": COUNT,
+            "output_tokens": COUNT,
+        }
+    ),
+    "Message": record(
+        {
+            "id": STRING,
+            "type": const("message"),
+            "role": const("assistant"),
+            "model": STRING,
+            "content": many(_BLOCK),
+            **_STOPPED,
+            "usage": ref("MessageUsage"),
+        }
+    ),
+    "MessageEvent": {"anyOf": list(_MESSAGE_EVENTS)},
+    "TokenCount": record({"input_tokens": COUNT}),
+    "RenderedPrompt": record(
+        {"prompt": STRING, "token_ids": _IDS, "token_strs": many(STRING), "count": COUNT, "max_model_len": COUNT}
+    ),
+    "Rendered": {"anyOf": [ref("RenderedPrompt"), many(ref("RenderedPrompt"))]},
+    "EncoderUsage": record({"prompt_tokens": COUNT, "total_tokens": COUNT}),
+    "EmbeddingList": record(
+        {
+            "id": STRING,
+            "object": const("list"),
+            "created": COUNT,
+            "model": STRING,
+            "data": many(
+                record(
+                    {
+                        "object": const("embedding"),
+                        "index": COUNT,
+                        "embedding": {
+                            "anyOf": [many(NUMBER), STRING],
+                            "description": "numbers, or float32 little-endian as base64",
+                        },
+                    }
+                )
+            ),
+            "usage": ref("EncoderUsage"),
+        }
+    ),
+    "ScoreList": record(
+        {
+            "id": STRING,
+            "object": const("list"),
+            "created": COUNT,
+            "model": STRING,
+            "data": many(record({"index": COUNT, "object": const("score"), "score": NUMBER})),
+            "usage": ref("EncoderUsage"),
+        }
+    ),
+    "Ranking": record(
+        {
+            "id": STRING,
+            "model": STRING,
+            "usage": ref("EncoderUsage"),
+            "results": many(
+                record({"index": COUNT, "relevance_score": NUMBER}, {"document": record({"text": STRING})})
+            ),
+        }
+    ),
+    "Invocation": {"anyOf": [ref("ChatCompletion"), ref("Completion"), ref("EmbeddingList")]},
+    "InvocationEvent": {"anyOf": [ref("ChatCompletionChunk"), ref("Completion")]},
+    "Scaled": record({"message": STRING, "data_parallel_size": COUNT}),
+    "Scaling": record(
+        {
+            "is_scaling_elastic_ep": BOOL,
+            "phase": one_of("idle", "draining", "resizing"),
+            "data_parallel_size": COUNT,
+            "requested_data_parallel_size": or_null(COUNT),
+            "error": or_null(STRING),
+        }
+    ),
+    "OpenApi": record(
+        {"openapi": STRING, "info": ANY_OBJECT, "paths": ANY_OBJECT, "components": ANY_OBJECT},
+    ),
+}
