@@ -37,7 +37,7 @@ CENTRE = tl.constexpr(int(Form.CENTRE))
 FLOAT = tl.constexpr(int(Form.FLOAT))
 
 _HALVES = {
-    torch.bfloat16: "shl.b32 u, SRC, 16; mov.b32 A, u; and.b32 u, SRC, 0xFFFF0000; mov.b32 B, u;",
+    torch.bfloat16: "shl.b32 c, SRC, 16; mov.b32 A, c; and.b32 c, SRC, 0xFFFF0000; mov.b32 B, c;",
     torch.float16: "mov.b32 {h0, h1}, SRC; cvt.f32.f16 A, h0; cvt.f32.f16 B, h1;",
 }
 """A pair of numbers in a register -> two fp32."""
@@ -59,16 +59,23 @@ def _inputs(dtype: torch.dtype, count: int, sources: list[str], norms: list[str]
 
 
 _REGISTERS = (
-    ".reg .b32 p0, p1, u, t; .reg .b16 h0, h1; .reg .f32 v, x<8>, n<8>; "
+    ".reg .b32 p0, p1, u, t, c; .reg .b16 h0, h1; .reg .f32 v, x<8>, n<8>; "
 )
 
-_NIBBLES = ("shl.b32 t, W, 16;", "shl.b32 t, W, 8;", "mov.b32 t, W;", "shr.u32 t, W, 8;",
-            "shl.b32 t, W, 12;", "shl.b32 t, W, 4;", "shr.u32 t, W, 4;", "shr.u32 t, W, 12;")  # fmt: skip
-"""What brings the low halves of a word's four bytes, then the high ones, to bits 16 to 19."""
+_NIBBLES = (("u", 12), ("$1", 8), ("$1", 16), ("t", 12), ("u", 16), ("$1", 12), ("t", 8), ("t", 16))
+"""Where the low halves of a word's four bytes lie, then the high ones: bits 8, 12 or 16 and up of the word ($1), of it
+shifted left by 12 (u) or shifted right by 12 (t).
+
+There they are the mantissa of 2^15, 2^11 or 2^7 without a shift each.  The sum of 32 products is off by 1e-4 at most."""
+
+
+def _exponent(bit: int) -> int:
+    """The fp32 in whose mantissa bit is worth 1: 2^(23 - bit)."""
+    return (127 + 23 - bit) << 23
 
 
 def _word_product(kind: str, dtype: torch.dtype, normed: bool) -> str:
-    """PTX: the sum of a word's weights times x.  kind: int4 (128 + q), int8 (q), float8.  $0 <- $1, x, norm."""
+    """PTX: the sum of a word's weights times x.  kind: int4 (_NIBBLES too large), int8, float8.  $0 <- $1, x, norm."""
     count = 2 if kind == "int4" else 1
     sources = [f"${2 + i}" for i in range(count)]
     norms = [f"${2 + count + i}" for i in range(count)] if normed else []
@@ -77,8 +84,9 @@ def _word_product(kind: str, dtype: torch.dtype, normed: bool) -> str:
         text += "".join(f"mul.f32 x{i}, x{i}, n{i}; " for i in range(4 * count))
     weights: list[str] = []
     if kind == "int4":
-        for shift in _NIBBLES:
-            weights.append(shift.replace("W", "$1") + " lop3.b32 t, t, 0x000F0000, 0x43000000, 0xEA; mov.b32 v, t; ")
+        text += "shl.b32 u, $1, 12; shr.u32 t, $1, 12; "
+        for source, bit in _NIBBLES:
+            weights.append(f"lop3.b32 p0, {source}, {0xF << bit:#010x}, {_exponent(bit):#010x}, 0xEA; mov.b32 v, p0; ")
     elif kind == "int8":
         for byte in range(4):
             # A byte in the mantissa of 2^23, exact.
@@ -95,16 +103,18 @@ def _word_product(kind: str, dtype: torch.dtype, normed: bool) -> str:
 
 
 def _word_sums(kind: str, dtype: torch.dtype, normed: bool) -> str:
-    """PTX: the sum of a word's inputs (times the norm) and of their squares (without it).  $0, $1 <- x, norm."""
+    """PTX: the sum of a word's inputs (times the norm), the same with what each weight is too large by, and the squares
+    of the inputs (without the norm).  $0, $1, $2 <- x, norm."""
     count = 2 if kind == "int4" else 1
-    sources = [f"${2 + i}" for i in range(count)]
-    norms = [f"${2 + count + i}" for i in range(count)] if normed else []
+    sources = [f"${3 + i}" for i in range(count)]
+    norms = [f"${3 + count + i}" for i in range(count)] if normed else []
     text = "{ " + _REGISTERS + _inputs(dtype, 4 * count, sources, norms)
-    text += "mov.f32 $0, 0f00000000; mov.f32 $1, 0f00000000; "
+    text += "mov.f32 $0, 0f00000000; mov.f32 $1, 0f00000000; mov.f32 $2, 0f00000000; "
     for i in range(4 * count):
         if normed:
-            text += f"fma.rn.f32 $1, x{i}, x{i}, $1; mul.f32 x{i}, x{i}, n{i}; "
-        text += f"add.f32 $0, $0, x{i}; "
+            text += f"fma.rn.f32 $2, x{i}, x{i}, $2; mul.f32 x{i}, x{i}, n{i}; "
+        base = _exponent(_NIBBLES[i][1]) if kind == "int4" else 0
+        text += f"add.f32 $0, $0, x{i}; fma.rn.f32 $1, x{i}, 0f{base:08X}, $1; "
     return text + "}"
 
 
@@ -188,22 +198,20 @@ def _scaled(
 ):  # fmt: skip
     # sums [ROWS, C] += the weights times x, for every 16 bytes
     products = tl.sum(tl.reshape(_parts(w, x_low, x_high, BITS), [ROWS, C, 16]), axis=2)
-    return _add_groups(sums, products, scale, offset, x_sum, CENTRE_AT, 0.0, FORM)
+    return _add_groups(sums, products, scale, offset, x_sum, CENTRE_AT, FORM)
 
 
 @triton.jit
-def _add_groups(
-    sums, products, scale, offset, x_sum, CENTRE_AT: tl.constexpr, BASE: tl.constexpr, FORM: tl.constexpr
-):  # fmt: skip
-    # sums, products, scale, offset [ROWS, C], x_sum [C]: products of BASE + q become those of weights
+def _add_groups(sums, products, scale, offset, x_sum, CENTRE_AT: tl.constexpr, FORM: tl.constexpr):
+    # sums, products, scale, offset [ROWS, C], x_sum [C]: products of integers become those of weights
     s = scale.to(tl.float32)
     sums += s * products
     if FORM == ZERO:
-        sums -= s * (offset.to(tl.float32) + BASE) * x_sum[None, :]
+        sums -= s * offset.to(tl.float32) * x_sum[None, :]
     elif FORM == MINIMUM:
-        sums += (offset.to(tl.float32) - s * BASE) * x_sum[None, :]
+        sums += offset.to(tl.float32) * x_sum[None, :]
     elif FORM == CENTRE:
-        sums -= s * (CENTRE_AT + BASE) * x_sum[None, :]
+        sums -= s * CENTRE_AT * x_sum[None, :]
     return sums
 
 
@@ -339,6 +347,68 @@ def _word_parts(
 
 
 @triton.jit
+def _load_fours(x_ptr, start, K: tl.constexpr, BITS: tl.constexpr, Q: tl.constexpr, EVEN: tl.constexpr):
+    # the numbers that belong to Q words from K = start, four in an int64: [Q] twice (8 bits: twice the same)
+    q = tl.arange(0, Q)
+    k = q
+    if BITS == 4:
+        k = q // 4 * 8 + q % 4
+    at = start // 4 + k
+    if EVEN:
+        x = tl.load(x_ptr + at)
+        x2 = x
+        if BITS == 4:
+            x2 = tl.load(x_ptr + at + 4)
+    else:
+        x = tl.load(x_ptr + at, mask=at < K // 4, other=0)
+        x2 = x
+        if BITS == 4:
+            x2 = tl.load(x_ptr + at + 4, mask=at + 4 < K // 4, other=0)
+    return x, x2
+
+
+@triton.jit
+def _add_words(
+    sums, more, squares, x_ptr, norm_ptr, start, w, s, o, w2, s2, o2,
+    K: tl.constexpr, BITS: tl.constexpr, FORM: tl.constexpr, CENTRE_AT: tl.constexpr, HAS_NORM: tl.constexpr,
+    GATED: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr, PRODUCT: tl.constexpr, SUMS: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    # sums (and more) [ROWS, Q / 4] += the weights w (and w2) times x at start, squares [Q] += x^2
+    x, x2 = _load_fours(x_ptr, start, K, BITS, Q, EVEN)
+    n, n2 = x, x2
+    if HAS_NORM:
+        n, n2 = _load_fours(norm_ptr, start, K, BITS, Q, EVEN)
+    if BITS == 4:
+        if HAS_NORM:
+            x_all, x_over, x_squares = tl.inline_asm_elementwise(
+                SUMS, "=f,=f,=f,l,l,l,l", [x, x2, n, n2], (tl.float32, tl.float32, tl.float32), True, 1
+            )
+        else:
+            x_all, x_over, x_squares = tl.inline_asm_elementwise(
+                SUMS, "=f,=f,=f,l,l", [x, x2], (tl.float32, tl.float32, tl.float32), True, 1
+            )
+    elif HAS_NORM:
+        x_all, x_over, x_squares = tl.inline_asm_elementwise(
+            SUMS, "=f,=f,=f,l,l", [x, n], (tl.float32, tl.float32, tl.float32), True, 1
+        )
+    else:
+        x_all, x_over, x_squares = tl.inline_asm_elementwise(
+            SUMS, "=f,=f,=f,l", [x], (tl.float32, tl.float32, tl.float32), True, 1
+        )
+    squares += x_squares
+    x_sum = tl.sum(tl.reshape(x_all, [Q // 4, 4]), axis=1)
+    over = tl.sum(tl.reshape(x_over, [Q // 4, 4]), axis=1)[None, :]
+    x, x2, n, n2 = x[None, :], x2[None, :], n[None, :], n2[None, :]
+    products = _word_parts(w, x, x2, n, n2, PRODUCT, BITS, HAS_NORM, ROWS, Q) - over
+    sums = _add_groups(sums, products, s, o, x_sum, CENTRE_AT, FORM)
+    if GATED:
+        products = _word_parts(w2, x, x2, n, n2, PRODUCT, BITS, HAS_NORM, ROWS, Q) - over
+        more = _add_groups(more, products, s2, o2, x_sum, CENTRE_AT, FORM)
+    return sums, more, squares
+
+
+@triton.jit
 def _words(
     x_ptr,  # [K / 4] int64: four numbers each
     data_ptr,  # [N, K * BITS / 32] int32, gated [2 F, ...]
@@ -368,16 +438,11 @@ def _words(
 ):
     # _vector in machine code: the same sums, on words of 4 bytes.
     Q: tl.constexpr = BLOCK_K * BITS // 32
-    PER: tl.constexpr = 32 // BITS // 4
     EVEN: tl.constexpr = K % BLOCK_K == 0
-    BASE: tl.constexpr = 128.0 if BITS == 4 else 0.0
+    LAST: tl.constexpr = (K - 1) // BLOCK_K * BLOCK_K
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(n, num_out - 1).to(tl.int64)
     other = row + num_out
-    q = tl.arange(0, Q)
-    k = q
-    if BITS == 4:
-        k = q // 4 * 8 + q % 4
     w, s, o = _load_words(data_ptr, scale_ptr, offset_ptr, row, num_scales, 0, K, GROUP, BITS, FORM, BLOCK_K, EVEN)
     w2, s2, o2 = w, s, o
     if GATED:
@@ -388,53 +453,26 @@ def _words(
     sums = tl.zeros([ROWS, Q // 4], tl.float32)
     more = tl.zeros([ROWS, Q // 4], tl.float32)
     squares = tl.zeros([Q], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        # The next weights are asked for before the present ones are used; behind the last, the last again.
-        ahead = tl.minimum(start + BLOCK_K, (K - 1) // BLOCK_K * BLOCK_K)
+    for start in range(0, LAST, BLOCK_K):
+        # The next weights are asked for before the present ones are used.
         w_next, s_next, o_next = _load_words(
-            data_ptr, scale_ptr, offset_ptr, row, num_scales, ahead, K, GROUP, BITS, FORM, BLOCK_K, EVEN
+            data_ptr, scale_ptr, offset_ptr, row, num_scales, start + BLOCK_K, K, GROUP, BITS, FORM, BLOCK_K, EVEN
         )  # fmt: skip
         w2_next, s2_next, o2_next = w_next, s_next, o_next
         if GATED:
             w2_next, s2_next, o2_next = _load_words(
-                data_ptr, scale_ptr, offset_ptr, other, num_scales, ahead, K, GROUP, BITS, FORM, BLOCK_K, EVEN
+                data_ptr, scale_ptr, offset_ptr, other, num_scales, start + BLOCK_K, K, GROUP, BITS, FORM, BLOCK_K, EVEN
             )  # fmt: skip
-        at = start // 4 + k
-        x = tl.load(x_ptr + at, mask=at < K // 4, other=0)
-        x2 = x
-        if BITS == 4:
-            x2 = tl.load(x_ptr + at + 4, mask=at + 4 < K // 4, other=0)
-        m = x
-        m2 = x2
-        if HAS_NORM:
-            m = tl.load(norm_ptr + at, mask=at < K // 4, other=0)
-            if BITS == 4:
-                m2 = tl.load(norm_ptr + at + 4, mask=at + 4 < K // 4, other=0)
-        if BITS == 4:
-            if HAS_NORM:
-                x_all, x_squares = tl.inline_asm_elementwise(
-                    SUMS, "=f,=f,l,l,l,l", [x, x2, m, m2], (tl.float32, tl.float32), True, 1
-                )
-            else:
-                x_all, x_squares = tl.inline_asm_elementwise(
-                    SUMS, "=f,=f,l,l", [x, x2], (tl.float32, tl.float32), True, 1
-                )
-        elif HAS_NORM:
-            x_all, x_squares = tl.inline_asm_elementwise(
-                SUMS, "=f,=f,l,l", [x, m], (tl.float32, tl.float32), True, 1
-            )
-        else:
-            x_all, x_squares = tl.inline_asm_elementwise(SUMS, "=f,=f,l", [x], (tl.float32, tl.float32), True, 1)
-        squares += x_squares
-        x_sum = tl.sum(tl.reshape(x_all, [Q // 4, 4]), axis=1)
-        xs, x2s, ms, m2s = x[None, :], x2[None, :], m[None, :], m2[None, :]
-        products = _word_parts(w, xs, x2s, ms, m2s, PRODUCT, BITS, HAS_NORM, ROWS, Q)
-        sums = _add_groups(sums, products, s, o, x_sum, CENTRE_AT, BASE, FORM)
-        if GATED:
-            products = _word_parts(w2, xs, x2s, ms, m2s, PRODUCT, BITS, HAS_NORM, ROWS, Q)
-            more = _add_groups(more, products, s2, o2, x_sum, CENTRE_AT, BASE, FORM)
+        sums, more, squares = _add_words(
+            sums, more, squares, x_ptr, norm_ptr, start, w, s, o, w2, s2, o2, K, BITS, FORM, CENTRE_AT, HAS_NORM, GATED,
+            ROWS, Q, PRODUCT, SUMS, True,
+        )  # fmt: skip
         w, s, o = w_next, s_next, o_next
         w2, s2, o2 = w2_next, s2_next, o2_next
+    sums, more, squares = _add_words(
+        sums, more, squares, x_ptr, norm_ptr, LAST, w, s, o, w2, s2, o2, K, BITS, FORM, CENTRE_AT, HAS_NORM, GATED,
+        ROWS, Q, PRODUCT, SUMS, EVEN,
+    )  # fmt: skip
     _finish_row(
         tl.sum(sums, axis=1), tl.sum(more, axis=1), tl.sum(squares, axis=0), n, num_out, eps, bias_ptr, residual_ptr,
         y_ptr, K, HAS_NORM, HAS_BIAS, HAS_RESIDUAL, GATED,
