@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vserve.kernels.early import await_inputs, options
+from vserve.kernels.grouped_shapes import Shape, measured
 from vserve.kernels.packed import Form, Packed
 
 ZERO = tl.constexpr(int(Form.ZERO))
@@ -135,18 +136,8 @@ _TO_BF16 = tl.constexpr(_TO_PAIRS.replace("MAGIC", "0x43004300"))
 _TO_FP16 = tl.constexpr(_TO_PAIRS.replace("MAGIC", "0x64006400"))
 """Four bytes -> 128 + q (bf16) or 1024 + q (fp16) of their low halves, then of their high ones."""
 
-MATRIX_ROWS = 256
+MATRIX_ROWS = 128
 """Rows of x from which it is cheaper to write the weights out and leave the product to cuBLAS."""
-
-
-class Shape(NamedTuple):
-    """What a program takes at a time: rows x width of the weights; warps, pipeline stages, and programs along K."""
-
-    rows: int
-    width: int
-    warps: int
-    stages: int = 1
-    splits: int = 1
 
 
 @triton.jit
@@ -771,18 +762,17 @@ def _one_row(
     outputs = weight.outputs // (2 if gated else 1)
     y = torch.empty((1, outputs), dtype=x.dtype, device=x.device)
     assert residual is None or (residual.is_contiguous() and residual.shape == y.shape)
-    shape = vector_shape(weight, gated=gated) if shape is None else shape
+    shape = measured(_kind(weight), 1, weight.outputs, weight.inputs) if shape is None else shape
     grid = (triton.cdiv(outputs, shape.rows),)
     offset = weight.scale if weight.offset is None else weight.offset
     ends = (x if bias is None else bias, x if residual is None else residual, y, outputs, weight.outputs, eps)
     about = (weight.inputs, weight.group, weight.bits, int(weight.form), weight.centre)
     flags = (norm is not None, bias is not None, residual is not None, gated, shape.rows, shape.width, early)
     if _asm(x):
-        kind = "float8" if weight.form is Form.FLOAT else f"int{weight.bits}"
         fours, norms = x.view(torch.int64), (x if norm is None else norm).view(torch.int64)
         _words[grid](
             fours, weight.data.view(torch.int32), weight.scale, offset, norms, *ends, *about, *flags,
-            *_code(kind, x.dtype, norm is not None), **options(shape.warps, early),
+            *_code(_kind(weight), x.dtype, norm is not None), **options(shape.warps, early),
         )  # fmt: skip
     else:
         _vector[grid](
@@ -799,7 +789,7 @@ def _rows(x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | Non
     y = torch.empty((rows, weight.outputs), dtype=x.dtype, device=x.device)
     assert residual is None or (residual.is_contiguous() and residual.shape == y.shape)
     block = padded(rows)
-    shape = matrix_shape(rows, weight) if shape is None else shape
+    shape = measured(_kind(weight), block, weight.outputs, weight.inputs) if shape is None else shape
     grid = (triton.cdiv(weight.outputs, shape.rows), triton.cdiv(rows, block), shape.splits)
     assert grid[0] * grid[1] <= weight.counters.numel() or shape.splits == 1
     partial = y
@@ -834,16 +824,5 @@ def padded(rows: int) -> int:
     return 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
 
 
-def vector_shape(weight: Packed, *, gated: bool) -> Shape:
-    """The shape of the work on one row."""
-    width = 1024 if weight.inputs >= 2048 else 256
-    return Shape(4 if gated else 8, width, 2)
-
-
-def matrix_shape(rows: int, weight: Packed) -> Shape:
-    """The shape of the work on several rows."""
-    tiles = triton.cdiv(weight.outputs, 64) * triton.cdiv(rows, padded(rows))
-    splits = 1
-    while tiles * splits < 264 and splits < 8 and weight.inputs // (splits * 2) >= 256:
-        splits *= 2
-    return Shape(64, 128, 4, 4 if rows <= 64 else 3, splits)
+def _kind(weight: Packed) -> str:
+    return "float8" if weight.form is Form.FLOAT else f"int{weight.bits}"
