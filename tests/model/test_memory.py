@@ -20,7 +20,7 @@ CONFIG = ModelConfig(
     intermediate_size=1536,
     vocab_size=49152,
     max_position=8192,
-    rms_norm_eps=1e-5,
+    norm_eps=1e-5,
     rope_theta=1e5,
 )
 

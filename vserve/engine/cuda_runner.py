@@ -287,7 +287,16 @@ class CudaRunner:
                 inputs,
             )
             starts, logit_rows, draw_rows = fields["starts"], fields["draw_tokens"], fields["draw_rows"]
-        plan = StepPlan(inputs.cos, inputs.sin, inputs.slots, starts, inputs.context_lens, inputs.tables, shape.decodes)
+        plan = StepPlan(
+            inputs.cos,
+            inputs.sin,
+            inputs.slots,
+            starts,
+            inputs.context_lens,
+            inputs.tables,
+            shape.decodes,
+            fields["positions"],
+        )
         # One buffer for all: a graph that kept its own would hold on to hundreds of megabytes.
         decoder, pairs = self._layers
         further = None
