@@ -183,18 +183,18 @@ class EveryOther:
 
 def masked_requests(count: int) -> list[GenRequest]:
     """Requests of every kind of mask among free ones, all greedy, and some whose prompts are scored; made anew for
-    each run, as a constraint keeps its place."""
-    kinds: list[dict[str, object]] = [
-        {"constraint": EveryOther(5, 4)},
-        {},
-        {"allowed_ids": tuple(range(10, 60, 7))},
-        {"bad_words": ((3,), (8,), *((one, other) for one in range(0, VOCAB, 2) for other in range(0, VOCAB, 5)))},
-        {"prompt_logprobs": 3},
-        {"constraint": EveryOther(20, 4), "prompt_logprobs": 0},
-    ]
+    each run and request, as a constraint keeps its place."""
     made = []
     for name in range(count):
-        kind = dict(kinds[name % len(kinds)])
+        kinds: list[dict[str, object]] = [
+            {"constraint": EveryOther(5, 4)},
+            {},
+            {"allowed_ids": tuple(range(10, 60, 7))},
+            {"bad_words": ((3,), (8,), *((one, other) for one in range(0, VOCAB, 2) for other in range(0, VOCAB, 5)))},
+            {"prompt_logprobs": 3},
+            {"constraint": EveryOther(20, 4), "prompt_logprobs": 0},
+        ]
+        kind = kinds[name % len(kinds)]
         sampling = {key: kind.pop(key) for key in ("allowed_ids", "bad_words") if key in kind}
         prompt = [name % 3 + 1, 2, 3, *range(name * 2 % 11)]
         params = SamplingParams(temperature=0.0, logprobs=1, **sampling)  # type: ignore[arg-type]

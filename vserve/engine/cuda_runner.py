@@ -349,7 +349,8 @@ class CudaRunner:
             return 0
         assert not self._captured
         whole = self._layers
-        self._layers = self._decoder.ends(), (self._cache.pairs[0], self._cache.pairs[-1])
+        ends = self._decoder.ends()
+        self._layers = ends, self._cache.pairs[: ends.num_layers]
 
         def work() -> None:
             for shape in shapes:

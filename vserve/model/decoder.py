@@ -61,6 +61,10 @@ class Decoder:
             self._threads.limit = lambda: sharing.step_threads
 
     @property
+    def num_layers(self) -> int:
+        return len(self._blocks)
+
+    @property
     def vocab_size(self) -> int:
         """The width of the logits."""
         return self.config.vocab_size
