@@ -7,6 +7,7 @@
 Fewer rows are read with their weights alone in e4m3: grouped.py.  e4m3: arXiv:2209.05433.
 """
 
+# ruff: noqa: SIM108
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,import-untyped,assignment"
 
 from __future__ import annotations

@@ -12,16 +12,16 @@ kernel only.  More rows go through the matrix units, the weights as the first op
 Hopper's wide instruction busy however few the rows of x); where tiles are few, several programs share one, each with a
 part of K.  The last to end adds the parts up, always in the same order: no sum depends on who comes first.
 
-Integers to floats without a conversion instruction: 4 bits put into the mantissa of 128 (bf16, and fp32 whose upper half
-it is) or 1024 (fp16) give 128 + q exactly.  Split K for small batches: arXiv:2402.00025.
+Integers become floats without a conversion: 4 bits put into the mantissa of a power of two, 128 or more in bf16 and fp32
+and 1024 in fp16, give that power + q exactly.  Split K for small batches: arXiv:2402.00025.
 """
 
+# ruff: noqa: SIM108
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,import-untyped,assignment"
 
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
 
 import torch
 import triton
@@ -59,15 +59,14 @@ def _inputs(dtype: torch.dtype, count: int, sources: list[str], norms: list[str]
     return text
 
 
-_REGISTERS = (
-    ".reg .b32 p0, p1, u, t, c; .reg .b16 h0, h1; .reg .f32 v, x<8>, n<8>; "
-)
+_REGISTERS = ".reg .b32 p0, p1, u, t, c; .reg .b16 h0, h1; .reg .f32 v, x<8>, n<8>; "
 
 _NIBBLES = (("u", 12), ("$1", 8), ("$1", 16), ("t", 12), ("u", 16), ("$1", 12), ("t", 8), ("t", 16))
 """Where the low halves of a word's four bytes lie, then the high ones: bits 8, 12 or 16 and up of the word ($1), of it
 shifted left by 12 (u) or shifted right by 12 (t).
 
-There they are the mantissa of 2^15, 2^11 or 2^7 without a shift each.  The sum of 32 products is off by 1e-4 at most."""
+There they are the mantissa of 2^15, 2^11 or 2^7, without a shift for each; the sum of 32 products
+is off by 1e-4 of itself at most."""
 
 
 def _exponent(bit: int) -> int:
@@ -508,7 +507,7 @@ def _numbers(
     # bytes, scale and offset [ROWS, B] -> the weights of the low and the high halves (8 bits: twice the same), DTYPE
     if ASM and BITS == 4:
         # Exact up to the products: 128 + q and 1024 + q less 128 + z and 1024 + z.
-        if DTYPE == tl.bfloat16:
+        if tl.bfloat16 == DTYPE:
             low, high = tl.inline_asm_elementwise(
                 _TO_BF16, "=r,=r,=r,=r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
             )
@@ -578,7 +577,9 @@ def _load_numbers(
 
 
 @triton.jit
-def _finish(acc, bias_ptr, residual_ptr, y_ptr, n, m, num_rows, num_out, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr):
+def _finish(
+    acc, bias_ptr, residual_ptr, y_ptr, n, m, num_rows, num_out, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr
+):
     # acc [ROWS, BLOCK_M] -> y, with bias and residual
     valid = (n < num_out)[:, None] & (m < num_rows)[None, :]
     to = m.to(tl.int64)[None, :] * num_out + n[:, None]

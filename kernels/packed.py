@@ -6,8 +6,8 @@
     form FLOAT:    w[n, k] = scale[g, n] * e4m3(q[n, k])
 
 8 bits: a byte a weight, in order.  4 bits: of each 32 inputs, byte j holds k + j in its low half and k + 16 + j in its
-high one, so that 16 bytes, one load of a thread, are 32 weights of one group.  Scales lie by group, since a program reads
-those of neighbouring outputs together.  Plain PyTorch, on any device; the twin of what the kernels compute.
+high one, so that 16 bytes, one load of a thread, are 32 weights of one group.  Scales lie by group, since a program
+reads those of neighbouring outputs together.  Plain PyTorch, on any device; the twin of what the kernels compute.
 """
 
 from __future__ import annotations
@@ -65,12 +65,10 @@ class Packed(NamedTuple):
         return self.data.nbytes + self.scale.nbytes + (0 if self.offset is None else self.offset.nbytes)
 
 
-def pack(
-    q: Tensor, scale: Tensor, offset: Tensor | None, *, bits: int, form: Form, centre: int = 0
-) -> Packed:
+def pack(q: Tensor, scale: Tensor, offset: Tensor | None, *, bits: int, form: Form, centre: int = 0) -> Packed:
     """q uint8 [N, K], below 2 ** bits; scale, offset [N, K / group], in the type to keep them in.  All are copied."""
     assert bits in (4, 8)
-    outputs, inputs = q.shape
+    inputs = q.shape[1]
     group = inputs // scale.shape[1]
     assert group * scale.shape[1] == inputs
     assert fits(inputs, bits, group)
@@ -109,13 +107,11 @@ def dense(weight: Packed, dtype: torch.dtype) -> Tensor:
     numbers = (q.view(torch.float8_e4m3fn) if weight.form is Form.FLOAT else q).to(torch.float64)
     wide = numbers.view(weight.outputs, -1, weight.group)
     scale = weight.scale.t().to(torch.float64).unsqueeze(2)
-    offset = None if weight.offset is None else weight.offset.t().to(torch.float64).unsqueeze(2)
-    if weight.form is Form.ZERO:
-        wide = (wide - offset) * scale
-    elif weight.form is Form.MINIMUM:
-        wide = wide * scale + offset
-    else:
+    if weight.offset is None:
         wide = (wide - weight.centre) * scale
+    else:
+        offset = weight.offset.t().to(torch.float64).unsqueeze(2)
+        wide = wide * scale + offset if weight.form is Form.MINIMUM else (wide - offset) * scale
     return wide.view(weight.outputs, weight.inputs).to(dtype)
 
 

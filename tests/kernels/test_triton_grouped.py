@@ -124,7 +124,7 @@ def test_weights_written_out_are_those_of_the_formula(
 
 
 def test_a_row_that_is_not_even_reads_nothing_behind_it(device: torch.device, random: torch.Generator) -> None:
-    weight, numbers = draw("awq group 32, odd outputs", random, device)
+    weight, _ = draw("awq group 32, odd outputs", random, device)
     held = torch.full((2, 2 * weight.inputs), float("nan"), device=device, dtype=DTYPES[0])
     held[:, : weight.inputs] = torch.randn(2, weight.inputs, generator=random)
     x = held[:, : weight.inputs]

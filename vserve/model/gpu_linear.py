@@ -131,6 +131,10 @@ class StackedGpuLinear:
         return residual.add_(self(x))
 
 
+QUANTISED: Final = (GroupedGpuLinear, FloatGpuLinear, StackedGpuLinear)
+"""Every class of such layers."""
+
+
 def stacked_linear(parts: Sequence[GpuLinear | None]) -> GpuLinear | None:
     """parts as one layer; None where one could not be made."""
     made = [part for part in parts if part is not None]
@@ -183,7 +187,7 @@ def float_linear(data: Tensor, scale: Tensor, bias: Tensor | None) -> GpuLinear 
 
 
 def to_e4m3(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale float32 [N], e4m3 [N, K]) of a plain weight [N, K]: the largest number of a row becomes the largest e4m3."""
+    """(scale float32 [N], e4m3 [N, K]) of a plain weight [N, K]: a row's largest number becomes e4m3's largest."""
     scale = weight.abs().amax(1).to(torch.float32).div_(fp8.LARGEST).clamp_(min=torch.finfo(torch.float32).tiny)
     return scale, (weight.to(torch.float32) / scale.unsqueeze(1)).to(torch.float8_e4m3fn)
 

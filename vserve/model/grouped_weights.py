@@ -74,12 +74,13 @@ class Groups:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupedTensor(StoredTensor):
-    """A matrix of integers in groups; data: the packed integers.  bits: 4 or 8.
+    """A matrix of integers in groups; data: the packed integers.  bits: 4 or 8.  scales: as stored.
 
     unpack: makes its ``Groups`` on a device, anew each time.
     """
 
     bits: int
+    scales: Tensor
     unpack: Callable[[torch.device], Groups]
 
     @property
@@ -194,7 +195,7 @@ class QuantisedWeights:
             zero = _columns(zeros.to(device), 4, _AWQ_ORDER).to(torch.int16)
             return Groups(q, scales.to(device).t().contiguous(), zero, None)
 
-        return GroupedTensor(name, Kind.GROUPED, (outputs, inputs), packed, 4, unpack)
+        return GroupedTensor(name, Kind.GROUPED, (outputs, inputs), packed, 4, scales, unpack)
 
     def _gptq(self, name: str, module: str) -> StoredTensor:
         bits, shift = self._quantization.bits, self._quantization.zero_shift
@@ -212,7 +213,7 @@ class QuantisedWeights:
             placed = None if order is None else order.to(device)
             return Groups(q, scales.to(device).t().contiguous(), zero, placed)
 
-        return GroupedTensor(name, Kind.GROUPED, (outputs, inputs), packed, bits, unpack)
+        return GroupedTensor(name, Kind.GROUPED, (outputs, inputs), packed, bits, scales, unpack)
 
     def _fp8(self, name: str, module: str) -> StoredTensor:
         data = self._weights.raw(name, "F8_E4M3")
@@ -222,7 +223,7 @@ class QuantisedWeights:
         outputs, inputs = data.shape
         if scale.numel() not in (1, outputs) or max(scale.shape, default=1) != scale.numel():
             raise StartupError(
-                f"tensor {module}.weight_scale has shape {list(scale.shape)}, must be one number or {outputs}, one a row"
+                f"tensor {module}.weight_scale has shape {list(scale.shape)}, must be one number or one a row"
             )
         return FloatTensor(name, Kind.E4M3, (outputs, inputs), data, scale.reshape(-1).expand(outputs).contiguous())
 

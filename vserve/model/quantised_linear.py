@@ -7,17 +7,23 @@ are 32 long and as exact; e4m3 numbers become plain ones there.  Knows no file a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from vserve.model import quant
 from vserve.model.grouped_weights import FloatTensor, GroupedTensor, Groups
-from vserve.model.linear import GroupedLinear, Linear, PlainLinear, has_grouped
+from vserve.model.kinds import Kind
+from vserve.model.linear import GroupedLinear, Linear, PlainLinear, dense_linear, has_grouped
 from vserve.model.quant import GROUP
+from vserve.model.quantization import Method, Quantization
 from vserve.model.weights import StoredTensor
 
 Dense = Callable[[], Linear]
 """Makes the whole layer from plain numbers."""
+Note = Callable[[tuple[str, ...], Tensor], None]
+"""Told the names of tensors and the numbers that would show a NaN or an infinity of theirs."""
 
 
 class OrderedLinear:
@@ -41,24 +47,34 @@ class StackedLinear:
         return torch.cat([part(x) for part in self._parts], dim=1)
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where layers are to be: their device, the type of their inputs, and whether in the form for a GPU."""
+
+    device: torch.device
+    dtype: torch.dtype
+    for_gpu: bool
+
+
 def quantised_linear(
-    stored: Sequence[StoredTensor], bias: Tensor | None, device: torch.device, dtype: torch.dtype, many: Dense | None
+    stored: Sequence[StoredTensor], bias: Tensor | None, place: Place, plain: Dense, copies: bool, note: Note
 ) -> Linear | None:
     """The layer of stored's rows, one below the other, with its weights as they are; None where it has to be dense.
 
-    bias on device.  many: makes what serves many rows on a CPU, bias included; None: such rows are worked out from
-    the same weights.
+    bias: on its device.  copies: many rows are served by plain on a CPU, else worked out from the same weights.
     """
     groups = [part for part in stored if isinstance(part, GroupedTensor)]
-    if device.type == "cuda":
-        return _on_gpu(stored, groups, bias, device)
-    if len(groups) != len(stored) or not has_grouped(device, dtype):
+    for part in groups:
+        note((part.name,), part.scales)
+    if place.for_gpu:
+        return _on_gpu(stored, groups, bias, place.device, note)
+    if len(groups) != len(stored) or not has_grouped(place.device, place.dtype):
         return None
-    made = [part.unpack(device) for part in groups]
+    made = [part.unpack(place.device) for part in groups]
     if any(part.group % GROUP for part in made):
         return None
     if _same_order(made):
-        return _on_cpu(made, bias, None if many is None else many())
+        return _on_cpu(made, bias, plain() if copies and made[0].order is None else None)
     pieces = _split(bias, stored)
     return StackedLinear([_on_cpu([part], piece, None) for part, piece in zip(made, pieces, strict=True)])
 
@@ -95,6 +111,7 @@ def _on_gpu(
     groups: Sequence[GroupedTensor],
     bias: Tensor | None,
     device: torch.device,
+    note: Note,
 ) -> Linear | None:
     from vserve.model import gpu_linear  # as below
 
@@ -104,15 +121,24 @@ def _on_gpu(
         if _same_order(made):
             return gpu_linear.groups_linear(made, bits, bias)
         return gpu_linear.stacked_linear(
-            [gpu_linear.groups_linear([part], bits, piece) for part, piece in zip(made, _split(bias, stored), strict=True)]
+            [
+                gpu_linear.groups_linear([part], bits, piece)
+                for part, piece in zip(made, _split(bias, stored), strict=True)
+            ]
         )
     floats = [part for part in stored if isinstance(part, FloatTensor)]
     if len(floats) == len(stored):
+        for tensor in floats:
+            note((tensor.name,), tensor.scale)
+            note((tensor.name,), _not_a_number(tensor.data.to(device)))
         data = torch.cat([part.data.to(device).view(torch.uint8) for part in floats]).view(torch.float8_e4m3fn)
         return gpu_linear.float_linear(data, torch.cat([part.scale.to(device) for part in floats]), bias)
     if not all(quant.can_pack(part.kind) for part in stored):
         return None
     blocks = [quant.unpack_blocks(part) for part in stored]
+    for part, block in zip(stored, blocks, strict=True):
+        note((part.name,), block.scale)
+        note((part.name,), block.minimum)
     if len({part.scale.shape[1] for part in blocks}) == 1:
         return gpu_linear.blocks_linear(blocks, device, bias)
     return gpu_linear.stacked_linear(
@@ -123,8 +149,14 @@ def _on_gpu(
     )
 
 
+def _not_a_number(data: Tensor) -> Tensor:
+    """NaN where e4m3 data has one, else 0."""
+    found = (data.view(torch.uint8) & 0x7F == 0x7F).any()
+    return torch.where(found, torch.nan, 0.0)
+
+
 def _split(bias: Tensor | None, stored: Sequence[StoredTensor]) -> list[Tensor | None]:
-    return [None] * len(stored) if bias is None else list(bias.split([part.shape[0] for part in stored]))
+    return [None] * len(stored) if bias is None else list(torch.split(bias, [part.shape[0] for part in stored]))
 
 
 def online_fp8(weight: Tensor, bias: Tensor | None) -> Linear:
@@ -133,3 +165,24 @@ def online_fp8(weight: Tensor, bias: Tensor | None) -> Linear:
 
     scale, data = gpu_linear.to_e4m3(weight)
     return gpu_linear.float_linear(data, scale, bias) or PlainLinear(weight, bias)
+
+
+def quantised_dummy(weight: Tensor, bias: Tensor | None, quantization: Quantization) -> Linear:
+    """A layer of about weight's [N, K] numbers, quantised: rounded to the nearest, one group at a time."""
+    if quantization.method is Method.FP8:
+        return online_fp8(weight, bias) if weight.is_cuda else PlainLinear(weight, bias)
+    outputs, inputs = weight.shape
+    most = 2**quantization.bits - 1
+    wide = weight.to(torch.float32).view(outputs, -1, quantization.group or inputs)
+    low, high = wide.amin(2, keepdim=True), wide.amax(2, keepdim=True)
+    scale = ((high - low) / most).to(torch.float16)
+    zero = (-low / scale).round()
+    q = (wide / scale + zero).round().clamp_(0, most).to(torch.uint8).view(outputs, inputs)
+    groups = Groups(q, scale.squeeze(2), zero.squeeze(2).to(torch.int16), None)
+    stored = GroupedTensor("dummy", Kind.GROUPED, (outputs, inputs), q, quantization.bits, scale, lambda _: groups)
+    place = Place(weight.device, weight.dtype, weight.is_cuda)
+
+    def plain() -> Linear:
+        return dense_linear(groups.dense(weight.dtype), bias)
+
+    return quantised_linear([stored], bias, place, plain, False, lambda *_: None) or plain()

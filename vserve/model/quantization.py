@@ -75,7 +75,9 @@ def choose(flag: str, found: Quantization | None, where: str, *, gguf: bool = Fa
     if wanted == "none":
         return None
     if gguf:
-        raise StartupError(f"--quantization {flag}: {where} is a GGUF file, which has its own formats; leave the flag out")
+        raise StartupError(
+            f"--quantization {flag}: {where} is a GGUF file, which has its own formats; leave the flag out"
+        )
     if wanted == Method.FP8:
         return Quantization(Method.FP8, online=True)
     raise StartupError(f"--quantization {flag}: {where} is not quantised: its config.json has no quantization_config")
