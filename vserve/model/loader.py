@@ -394,7 +394,8 @@ class _StoredParts:
         return GroupedLinear(q, scale, minimum, bias, many)
 
     def _plain(self, stored: Sequence[StoredTensor], bias: Tensor | None) -> Linear:
-        return dense_linear(self._dense(stored), bias)
+        weight = self._dense(stored)
+        return PlainLinear(weight, bias) if self.for_gpu else dense_linear(weight, bias)
 
     def _dense(self, stored: Sequence[StoredTensor], dtype: torch.dtype | None = None) -> Tensor:
         """The numbers of all parts one below the other, [sum of rows, cols], on the device; dtype None: the model's."""
