@@ -48,12 +48,12 @@ def gptq_tensors(
     groups = inputs // group
     index = torch.arange(inputs) // group
     if not ordered:
-        index = index[torch.randperm(inputs, generator=random)]
-    q = torch.randint(0, 2**bits, (inputs, outputs), generator=random)
-    z = torch.randint(shift, 2**bits, (groups, outputs), generator=random)
+        index = index[torch.randperm(inputs, generator=generator)]
+    q = torch.randint(0, 2**bits, (inputs, outputs), generator=generator)
+    z = torch.randint(shift, 2**bits, (groups, outputs), generator=generator)
     if sym:
         z = torch.full_like(z, 2 ** (bits - 1))
-    scales = (torch.rand(groups, outputs, generator=random) * 0.3 / 2**bits + 0.001).to(torch.float16)
+    scales = (torch.rand(groups, outputs, generator=generator) * 0.3 / 2**bits + 0.001).to(torch.float16)
     numbers = scales.double()[index] * (q - z[index]).double()
     natural = tuple(range(32 // bits))
     parts = {
@@ -68,8 +68,8 @@ def gptq_tensors(
 def fp8_tensors(
     outputs: int, inputs: int, by_row: bool, generator: torch.Generator
 ) -> tuple[dict[str, Tensor], Tensor]:
-    data = torch.randn(outputs, inputs, generator=random).to(torch.float8_e4m3fn)
-    scale = torch.rand(outputs, 1, generator=random) * 0.1 + 0.02 if by_row else torch.tensor(0.07)
+    data = torch.randn(outputs, inputs, generator=generator).to(torch.float8_e4m3fn)
+    scale = torch.rand(outputs, 1, generator=generator) * 0.1 + 0.02 if by_row else torch.tensor(0.07)
     return {"weight": data, "weight_scale": scale}, data.double() * scale.double()
 
 
