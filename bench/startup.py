@@ -89,7 +89,8 @@ def written(model: Path) -> Iterator[tuple[Path, int]]:
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    from vserve.model import loader, source
+    from vserve.model import source
+    from vserve.model.tensors import expected_shapes
 
     config = source.resolve(str(model), environ=os.environ, need_weights=False).config
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -98,7 +99,7 @@ def written(model: Path) -> Iterator[tuple[Path, int]]:
         shutil.copy(model / "config.json", folder)
         tensors = {
             tensor: torch.randn(shape, device=device, dtype=torch.bfloat16).mul_(0.02).cpu()
-            for tensor, shape in loader.expected_shapes(config).items()
+            for tensor, shape in expected_shapes(config).items()
         }
         save_file(tensors, folder / "model.safetensors")
         size = sum(tensor.nbytes for tensor in tensors.values())

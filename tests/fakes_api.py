@@ -26,6 +26,7 @@ from vserve.http.limits import Limits
 from vserve.http.router import Router
 from vserve.http.server import HttpServer
 from vserve.http.site import ReplyHeaders
+from vserve.store.record import Store
 from vserve.text.template import ChatTemplate
 from vserve.text.tokenizer import Tokenizer
 
@@ -146,6 +147,7 @@ def standing(
     context: int = CONTEXT,
     send_buffer: int | None = None,
     reply_headers: ReplyHeaders | None = None,
+    store: Store | None = None,
     encoder: Callable[[asyncio.AbstractEventLoop], EncoderModel] | None = None,
     generates: bool = True,
     **changes: object,
@@ -160,7 +162,7 @@ def standing(
     thread.start()
 
     async def build() -> tuple[Stand, Model]:
-        app = App(options(max_queue=max_queue, **changes))
+        app = App(options(max_queue=max_queue, **changes), store)
         entries = table(app)
         server = HttpServer(
             Router(routes(entries)),

@@ -70,9 +70,6 @@ PROMISES: dict[str, str] = {
 }
 
 AWAITED: dict[str, str] = {
-    "R11": "vserve/api/responses.py",
-    "fault: disk full": "vserve/store/sqlite.py",
-    "fault: corrupt store": "vserve/store/sqlite.py",
     "fault: exploding grammar": "vserve/text/grammar.py",
     "input: exploding schema": "vserve/text/grammar.py",
 }

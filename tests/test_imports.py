@@ -34,8 +34,11 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "scale": (frozenset({"errors"}), frozenset()),
     "bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
     "encoder_bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
+    "store": (frozenset({"errors"}), frozenset()),
     "api": (
-        frozenset({"http", "text", "bridge", "encoder_bridge", "engine.policy", "errors", "observe", "scale", ""}),
+        frozenset(
+            {"http", "text", "bridge", "encoder_bridge", "engine.policy", "errors", "observe", "scale", "store", ""}
+        ),
         frozenset({"orjson"}),
     ),
 }

@@ -242,6 +242,24 @@ class Config:
     exit_on_stall: bool = _option(
         False, "end every stream with an error and exit with code 3 at --stall-timeout", "server"
     )
+    response_store: str | None = _option(
+        None, "SQLite file that keeps responses over a restart; in memory by default", "server"
+    )
+    response_store_entries: int = _option(
+        10_000, "responses kept; the oldest go first", "server", low=1, high=10**9, unit="responses"
+    )
+    response_store_bytes: int = _option(
+        64 * 2**20,
+        "bytes of the responses kept; the oldest go first",
+        "server",
+        low=2**16,
+        high=2**50,
+        unit="bytes",
+        parse=parse_bytes,
+    )
+    response_store_age_s: float = _option(
+        30 * 86400.0, "age at which a response is forgotten", "server", low=1, high=10**10, unit="seconds"
+    )
     access_log: bool = _option(False, "one JSON line on stderr for each request", "server")
 
     ssl_certfile: str | None = _option(None, "serve TLS with this PEM certificate, read again on SIGHUP", "access")

@@ -1,4 +1,5 @@
-"""Edge: what stands between the sockets and the routes, as the Config has it: limits, TLS, keys, CORS, access log.
+"""Edge: what stands between the sockets and the routes, as the Config has it: limits, TLS, keys, CORS,
+access log, response store.
 
 Made before anything listens, so that a bad file or flag ends the start.  SIGHUP reads the files again.  L only.
 """
@@ -19,6 +20,9 @@ from vserve.errors import StartupError
 from vserve.http.access_log import AccessWriter
 from vserve.http.limits import Limits
 from vserve.http.tls import Tls, TlsFiles
+from vserve.store.memory import MemoryStore
+from vserve.store.record import Bounds, Store
+from vserve.store.sqlite import SqliteStore
 
 log = logging.getLogger("vserve")
 
@@ -81,6 +85,12 @@ def limits(config: Config) -> Limits:
         keep_alive_s=config.keep_alive_timeout_s,
         write_stall_s=config.write_timeout_s,
     )
+
+
+def response_store(config: Config) -> Store:
+    """Where responses are kept.  Raises StartupError for a file that cannot be used."""
+    bounds = Bounds(config.response_store_entries, config.response_store_bytes, config.response_store_age_s)
+    return MemoryStore(bounds) if config.response_store is None else SqliteStore(config.response_store, bounds)
 
 
 def root_path(config: Config) -> str:

@@ -36,6 +36,8 @@ if TYPE_CHECKING:  # torch comes with it: imported on G, while L already answers
 SWITCH_INTERVAL_S = 100e-6
 """A thread waits at most this long for the GIL: 5 ms, the default, would be several steps (DESIGN.md, costs)."""
 STOP_GRACE_S = 1.0
+SETTLE_S = 1.0
+"""At the end: responses cut short get so long to be stored as failed."""
 STALL_GRACE_S = 0.5
 """At the end for a stall: all streams have their error event, and it takes at most twice this to reach them."""
 ENGINE_JOIN_S = 1.0
@@ -97,7 +99,7 @@ class _Service:
         from vserve.api.failure import render
         from vserve.api.routes import Gate, routes, table
         from vserve.bridge import Bridge
-        from vserve.edge import Edge, limits, root_path
+        from vserve.edge import Edge, limits, response_store, root_path
         from vserve.encoder_service import EncoderService
         from vserve.engine.inbox import Inbox
         from vserve.http.router import Router
@@ -121,7 +123,8 @@ class _Service:
                 resume_bytes=config.resume_bytes,
                 tool_call_parser=config.tool_call_parser,
                 reasoning_parser=config.reasoning_parser,
-            )
+            ),
+            response_store(config),
         )
         edge = Edge(config, self._app.keys)
         edge.watch(loop)
@@ -292,6 +295,7 @@ class _Service:
             await self._drained()
         if self._app.replies:
             self._app.abort(Unavailable("The server is shutting down; this reply was cut short."))
+        await self._app.settle(SETTLE_S)
         self._encoder.stop()
         if self._engine is not None:
             self._engine.loop.stop()
@@ -315,8 +319,12 @@ class _Service:
 
     async def _drained(self) -> None:
         """Wait until nothing is in flight, the drain timeout has passed or somebody is in a hurry."""
-        idle = asyncio.ensure_future(self._http.wait_idle(self._config.drain_timeout_s))
+        idle = asyncio.ensure_future(self._idle(self._config.drain_timeout_s))
         hurry = asyncio.ensure_future(self._hurry.wait())
         await asyncio.wait({idle, hurry}, return_when=asyncio.FIRST_COMPLETED)
         for task in (idle, hurry):
             task.cancel()
+
+    async def _idle(self, timeout_s: float) -> None:
+        """Wait for the replies in flight and for what goes on without a client, at most so long."""
+        await asyncio.gather(self._http.wait_idle(timeout_s), self._app.settle(timeout_s))

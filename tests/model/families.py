@@ -79,7 +79,9 @@ CASES: dict[str, Case] = {
     ),
     "mixtral": _rotary("MixtralForCausalLM", num_local_experts=4, sliding_window=28, **_EXPERTS),
     "phi3": _rotary("Phi3ForCausalLM", sliding_window=40, pad_token_id=0),
-    "phi3, long": _rotary("Phi3ForCausalLM", rope_parameters=_LONGROPE, pad_token_id=0),
+    "phi3, long": _rotary(
+        "Phi3ForCausalLM", rope_parameters=_LONGROPE, original_max_position_embeddings=64, pad_token_id=0
+    ),
     "gemma2": _rotary(
         "Gemma2ForCausalLM", head_dim=32, sliding_window=24, query_pre_attn_scalar=40, attn_logit_softcapping=4.0
     ),

@@ -30,6 +30,8 @@ from vserve.http.site import AccessEntry
 from vserve.observe.heartbeat import Heartbeat
 from vserve.observe.metrics import EngineSeries, Metrics
 from vserve.scale.workers import LocalWorker, Workers
+from vserve.store.memory import MemoryStore
+from vserve.store.record import Store
 from vserve.text.grammar import HELPERS, Grammar, Grammars, why_none
 from vserve.text.grammar_spec import GrammarSpec
 from vserve.text.habits import Habits, habits_of
@@ -153,15 +155,19 @@ class Ending(Protocol):
 class App:
     """One server's shared state.  Made before the model; ``ready`` brings the model in."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, store: Store | None = None) -> None:
+        """store: of responses; in memory with the default bounds where none is given."""
         self.options = options
+        self.store = store or MemoryStore()
         self.life = Lifecycle()
         self.keys = Keys(options.api_keys)
         self.keep_alive = KeepAlive(options.keep_alive_s)
         self.usage = Usage()
         self.trails = Trails(options.resume_s, options.resume_streams, options.resume_bytes)
         self.metrics = Metrics()
+        self.metrics.stored = lambda: self.store.figures
         self.replies: set[Ending] = set()
+        self.tasks: set[asyncio.Task[None]] = set()  # what goes on without a connection
         self.workers: Workers = LocalWorker()
         self._pool = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="text")
         # Apart from the other: a grammar may take seconds, and most of them in a process of its own.
@@ -218,6 +224,11 @@ class App:
         for reply in list(self.replies):
             reply.fail(error)
 
+    async def settle(self, timeout_s: float) -> None:
+        """Wait until nothing goes on without a connection, at most so long."""
+        if self.tasks:
+            await asyncio.wait(set(self.tasks), timeout=timeout_s)
+
     def stopped(self) -> None:
         """The last reply is out: give the threads back."""
         if self.life.can(Status.STOPPED):
@@ -226,6 +237,7 @@ class App:
         self.trails.close()
         self.metrics.timer.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self.store.close()
         self._compilers.shutdown(wait=False, cancel_futures=True)
         if self._served is not None and self._served.model.grammars is not None:
             self._served.model.grammars.close()

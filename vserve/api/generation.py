@@ -127,20 +127,29 @@ async def generate(
     the events of such a stream have no ids and it cannot be gone on with.
     """
     wanted, bridge = order.wanted, served.model.bridge
-    grammar = None if wanted.grammar is None else await app.compiled(served, wanted.grammar, wanted.grammar_field)
-    bad_words = await _bad_words(app, served, wanted.bad_words)
-    choices = _choices(app, served, exchange, order, Limited(grammar, bad_words))
+    made = await choices(app, served, exchange, order)
     if exchange.gone:
         return None
     headers = ignored_header(wanted.ignored)
     reply: Reply
     if wanted.stream:
-        trail = _trail(app, exchange, renew, choices, headers) if renew is not None and app.trails.enabled else None
-        reply = StreamReply(app, bridge, exchange, dialect, choices, headers, framing, trail)
+        trail = _trail(app, exchange, renew, made, headers) if renew is not None and app.trails.enabled else None
+        reply = StreamReply(app, bridge, exchange, dialect, made, headers, framing, trail)
     else:
-        reply = WholeReply(app, bridge, exchange, dialect, choices, headers)
+        reply = WholeReply(app, bridge, exchange, dialect, made, headers)
     reply.caller = app.caller(exchange)
     return await reply.run()
+
+
+async def choices(app: App, served: Served, exchange: Exchange, order: Order) -> list[Choice]:
+    """What an order generates, ready to be run; the exchange is asked now and not kept.
+
+    Raises BadRequest for what does not fit, DeadlineExceeded when too late.
+    """
+    wanted = order.wanted
+    grammar = None if wanted.grammar is None else await app.compiled(served, wanted.grammar, wanted.grammar_field)
+    bad_words = await _bad_words(app, served, wanted.bad_words)
+    return _choices(app, served, exchange, order, Limited(grammar, bad_words))
 
 
 def _trail(

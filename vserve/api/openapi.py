@@ -88,7 +88,7 @@ def _operation(entry: Entry, method: str, pattern: str, strict: bool, *, first: 
         "summary": doc.help,
         "responses": _responses(doc),
     }
-    parameters = [_path_parameter(name) for name in _PARAMETER.findall(pattern)] + _query(doc.query, strict)
+    parameters = [_path_parameter(name) for name in _PARAMETER.findall(pattern)] + _query(doc.query)
     if parameters:
         made["parameters"] = parameters
     if doc.takes and method == "POST":
@@ -104,9 +104,15 @@ def _path_parameter(name: str) -> Schema:
     return {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 
 
-def _query(rows: Table, strict: bool) -> list[Schema]:
+def _query(rows: Table) -> list[Schema]:
     return [
-        {"name": name, "in": "query", "required": row.required, "schema": row.schema(strict)}
+        {
+            "name": name,
+            "in": "query",
+            "required": row.required,
+            "description": row.help,
+            "schema": row.kind.schema(),  # a query has no null
+        }
         for name, row in rows.items()
     ]
 

@@ -93,6 +93,90 @@ _MESSAGE_EVENTS: list[Schema] = [
     ref("MessagesError"),
 ]
 
+_RUN = one_of("in_progress", "completed", "incomplete")
+_TOP = record({"token": STRING, "logprob": NUMBER})
+_BRIEF = many(record({"token": STRING, "logprob": NUMBER, "top_logprobs": many(_TOP)}))
+_TEXT_PART = record(
+    {
+        "type": const("output_text"),
+        "text": STRING,
+        "annotations": many(ANY_OBJECT),
+        "logprobs": many(record({**_TOKEN, "top_logprobs": many(record(_TOKEN))})),
+    }
+)
+_THOUGHT_PART = record({"type": const("reasoning_text"), "text": STRING})
+_OUTPUT_ITEM: Schema = {
+    "anyOf": [
+        record(
+            {
+                "id": STRING,
+                "type": const("message"),
+                "role": const("assistant"),
+                "status": _RUN,
+                "content": many(_TEXT_PART),
+            }
+        ),
+        record(
+            {
+                "id": STRING,
+                "type": const("reasoning"),
+                "status": _RUN,
+                "summary": many(ANY_OBJECT),
+                "content": many(_THOUGHT_PART),
+            }
+        ),
+        record(
+            {
+                "id": STRING,
+                "type": const("function_call"),
+                "status": _RUN,
+                "call_id": STRING,
+                "name": STRING,
+                "arguments": STRING,
+            }
+        ),
+    ]
+}
+_INPUT_PARTS: Schema = {"anyOf": [STRING, many(ANY_OBJECT)]}
+_INPUT_ITEM = record(
+    {"id": STRING, "type": one_of("message", "reasoning", "function_call", "function_call_output")},
+    {
+        "role": one_of("user", "assistant", "system", "developer"),
+        "status": _RUN,
+        "content": {"anyOf": [many(ANY_OBJECT), {"type": "null"}]},
+        "summary": many(ANY_OBJECT),
+        "call_id": STRING,
+        "name": STRING,
+        "arguments": STRING,
+        "output": _INPUT_PARTS,
+    },
+)
+
+
+def _response_event(kind: str, fields: Schema) -> Schema:
+    return record({"type": const(f"response.{kind}"), "sequence_number": COUNT, **fields})
+
+
+_AT: Schema = {"item_id": STRING, "output_index": COUNT}
+_AT_PART: Schema = {**_AT, "content_index": COUNT}
+_PART: Schema = {"part": {"anyOf": [_TEXT_PART, _THOUGHT_PART]}}
+_RESPONSE_EVENTS: list[Schema] = [
+    *(
+        _response_event(kind, {"response": ref("Response")})
+        for kind in ("created", "queued", "in_progress", "completed", "failed", "incomplete")
+    ),
+    _response_event("output_item.added", {"output_index": COUNT, "item": _OUTPUT_ITEM}),
+    _response_event("output_item.done", {"output_index": COUNT, "item": _OUTPUT_ITEM}),
+    _response_event("content_part.added", {**_AT_PART, **_PART}),
+    _response_event("content_part.done", {**_AT_PART, **_PART}),
+    _response_event("output_text.delta", {**_AT_PART, "delta": STRING, "logprobs": _BRIEF}),
+    _response_event("output_text.done", {**_AT_PART, "text": STRING, "logprobs": _BRIEF}),
+    _response_event("reasoning_text.delta", {**_AT_PART, "delta": STRING}),
+    _response_event("reasoning_text.done", {**_AT_PART, "text": STRING}),
+    _response_event("function_call_arguments.delta", {**_AT, "delta": STRING}),
+    _response_event("function_call_arguments.done", {**_AT, "name": STRING, "arguments": STRING}),
+]
+
 SCHEMAS: Final[dict[str, Schema]] = {
     "Error": record(
         {
@@ -297,6 +381,60 @@ SCHEMAS: Final[dict[str, Schema]] = {
             "results": many(
                 record({"index": COUNT, "relevance_score": NUMBER}, {"document": record({"text": STRING})})
             ),
+        }
+    ),
+    "ResponseUsage": record(
+        {
+            "input_tokens": COUNT,
+            "input_tokens_details": record({"cached_tokens": COUNT, "cache_write_tokens": COUNT}),
+            "output_tokens": COUNT,
+            "output_tokens_details": record({"reasoning_tokens": COUNT}),
+            "total_tokens": COUNT,
+        }
+    ),
+    "Response": record(
+        {
+            "id": STRING,
+            "object": const("response"),
+            "created_at": COUNT,
+            "status": one_of("queued", "in_progress", "completed", "incomplete", "failed", "cancelled"),
+            "completed_at": or_null(COUNT),
+            "error": or_null(record({"code": STRING, "message": STRING})),
+            "incomplete_details": or_null(record({"reason": const("max_output_tokens")})),
+            "model": STRING,
+            "output": many(_OUTPUT_ITEM),
+            "usage": or_null(ref("ResponseUsage")),
+            "temperature": NUMBER,
+            "top_p": NUMBER,
+            "background": BOOL,
+            "instructions": or_null(STRING),
+            "max_output_tokens": or_null(COUNT),
+            "max_tool_calls": {"type": "null"},
+            "metadata": {"type": "object", "additionalProperties": STRING},
+            "parallel_tool_calls": BOOL,
+            "previous_response_id": or_null(STRING),
+            "prompt_cache_key": or_null(STRING),
+            "reasoning": record({"effort": or_null(STRING), "summary": {"type": "null"}}),
+            "safety_identifier": or_null(STRING),
+            "service_tier": const("default"),
+            "store": BOOL,
+            "text": record({"format": ANY_OBJECT, "verbosity": STRING}),
+            "tool_choice": {"anyOf": [STRING, ANY_OBJECT]},
+            "tools": many(ANY_OBJECT),
+            "top_logprobs": COUNT,
+            "truncation": one_of("disabled", "auto"),
+            "user": or_null(STRING),
+        }
+    ),
+    "ResponseEvent": {"anyOf": list(_RESPONSE_EVENTS)},
+    "ResponseDeleted": record({"id": STRING, "object": const("response"), "deleted": BOOL}),
+    "ResponseItems": record(
+        {
+            "object": const("list"),
+            "data": many(_INPUT_ITEM),
+            "first_id": or_null(STRING),
+            "last_id": or_null(STRING),
+            "has_more": BOOL,
         }
     ),
     "Invocation": {"anyOf": [ref("ChatCompletion"), ref("Completion"), ref("EmbeddingList")]},

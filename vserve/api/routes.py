@@ -22,6 +22,7 @@ from vserve.api.models import Models
 from vserve.api.openapi import OpenApi
 from vserve.api.ops import Ops
 from vserve.api.render import Render
+from vserve.api.responses import INPUT_ITEMS, RETRIEVE, Responses
 from vserve.api.scale import SCALE, Scale
 from vserve.api.score import Score
 from vserve.api.tokens import Tokens
@@ -44,7 +45,7 @@ def table(app: App) -> tuple[Entry, ...]:
     """Every route of the server.  HEAD is served wherever GET is."""
     ops, models, tokens, messages, openapi = Ops(app), Models(app), Tokens(app), Messages(app), OpenApi(app)
     chat, completions, render, batch, scale = Chat(app), Completions(app), Render(app), Batch(app), Scale(app)
-    embeddings, score = Embeddings(app), Score(app)
+    embeddings, score, responses = Embeddings(app), Score(app), Responses(app)
     invocations = Invocations(app, {"messages": chat.create, "prompt": completions.create, "input": embeddings.create})
     asks_embedding = Body("EmbeddingRequest", schema.EMBEDDINGS)
     asks_chat = Body("ChatCompletionRequest", schema.CHAT)
@@ -122,6 +123,28 @@ def table(app: App) -> tuple[Entry, ...]:
             Doc("SageMaker's one path: the body says which endpoint is meant.",
                 takes=(asks_chat, asks_text, asks_embedding),
                 reply="Invocation", events="InvocationEvent"),
+        ),
+        Entry(
+            "responses", post, ("/v1/responses",), responses.create, INFER, Need.ROOM,
+            Doc("Answer, and keep the answer.", takes=(Body("ResponseRequest", schema.RESPONSES),), reply="Response",
+                events="ResponseEvent"),
+        ),
+        # Nothing is needed of the model: what was stored can be had while it loads and while others drain.
+        Entry(
+            "response", get, ("/v1/responses/{id}",), responses.retrieve, INFER, Need.NOTHING,
+            Doc("A stored response, or its events.", query=RETRIEVE, reply="Response", events="ResponseEvent"),
+        ),
+        Entry(
+            "response_delete", ("DELETE",), ("/v1/responses/{id}",), responses.delete, INFER, Need.NOTHING,
+            Doc("Forget a response.", reply="ResponseDeleted"),
+        ),
+        Entry(
+            "response_cancel", post, ("/v1/responses/{id}/cancel",), responses.cancel, INFER, Need.NOTHING,
+            Doc("Stop a response that runs.", reply="Response"),
+        ),
+        Entry(
+            "response_items", get, ("/v1/responses/{id}/input_items",), responses.input_items, INFER, Need.NOTHING,
+            Doc("What a response was asked.", query=INPUT_ITEMS, reply="ResponseItems"),
         ),
         Entry(
             "embeddings", post, ("/v1/embeddings",), embeddings.create, INFER, Need.ENCODER_ROOM,

@@ -9,7 +9,7 @@ import orjson
 
 from vserve.api import body
 from vserve.api.app import App
-from vserve.api.fields import Field, Int, Table, read, table
+from vserve.api.fields import Field, Int, Table, read, table, typed
 from vserve.api.generation import ignored_header
 from vserve.errors import BadRequest
 from vserve.http.exchange import Exchange, Request, Response
@@ -61,8 +61,7 @@ def _fields(request: Request, rows: Table) -> dict[str, object]:
     for name, given in request.query_params().items():
         if len(given) > 1:
             raise BadRequest(f"`{name}` is given {len(given)} times.", param=name)
-        number = given[0].isascii() and given[0].isdigit() and len(given[0]) <= 12
-        made[name] = int(given[0]) if number else given[0]
+        made[name] = typed(rows.get(name), given[0])
     if request.body:
         for name, value in body.read(request.body, request.headers.get("content-type")).items():
             if name in made and made[name] != value and name in rows:

@@ -29,6 +29,21 @@ from vserve.api.fields import (
     table,
 )
 from vserve.api.prompts import PROMPT_TOKEN_LIMIT, Documents, Message, Messages, Prompt, Prompts, Texts
+from vserve.api.responses_fields import (
+    Choosing,
+    FunctionTools,
+    Include,
+    Metadata,
+    PromptText,
+    ReasoningKind,
+    ResponseId,
+    ResponseToolChoice,
+    StreamChoices,
+    TextAnswer,
+    TextKind,
+    Thinking,
+)
+from vserve.api.responses_items import InputItems, Item
 from vserve.api.structured import (
     WHITESPACE,
     Choices,
@@ -283,6 +298,78 @@ TOKENIZE = table(
     refused("mm_processor_kwargs", "images and audio", ({},)),
 )  # fmt: skip
 DETOKENIZE = table(MODEL, TOKENS, TOKEN_IDS, KEEP_SPECIAL)
+
+# Responses.  What is not here but in PASSED_ON is chat's own row: the value is handed on as it came.
+RESPONSE_INPUT: Field[tuple[Item, ...] | None] = Field(
+    "input", InputItems(), None, "a text, or the items of a conversation"
+)
+PROMPT_TEXT: Field[str | None] = Field("prompt", PromptText(), None, "short form: a text, answered in the background")
+INSTRUCTIONS: Field[str | None] = Field("instructions", Text(2**24), None, "a system message before the conversation")
+BACKGROUND: Field[bool | None] = Field(
+    "background", Bool(), None, "answer at once and go on without the client; only with store; true for prompt"
+)
+MAX_OUTPUT_TOKENS: Field[int | None] = Field(
+    "max_output_tokens", Int(1, _INT32), None, "most tokens of the answer; what is left of the context by default"
+)
+METADATA: Field[dict[str, str]] = Field("metadata", Metadata(), {}, "up to 16 pairs of strings, returned as they came")
+PREVIOUS: Field[str | None] = Field(
+    "previous_response_id",
+    ResponseId(),
+    None,
+    "go on from this response: its whole conversation comes before the input",
+)
+REASONING: Field[Thinking] = Field("reasoning", ReasoningKind(), Thinking(), "how much the model is to reason: effort")
+STORE: Field[bool] = Field("store", Bool(), True, "keep the response, to be retrieved or gone on from")
+STREAM_CHOICES: Field[tuple[str, ...]] = Field("stream_options", StreamChoices(), (), "events are sent without padding")
+TEXT_ANSWER: Field[TextAnswer] = Field(
+    "text", TextKind(), TextAnswer(), "format of the answer: text or JSON; verbosity"
+)
+RESPONSE_TOOLS: Field[tuple[dict[str, object], ...]] = Field("tools", FunctionTools(), (), "functions of the client")
+RESPONSE_TOOL_CHOICE: Field[Choosing | None] = Field(
+    "tool_choice", ResponseToolChoice(), None, "which functions may be called"
+)
+TRUNCATION: Field[str] = Field(
+    "truncation", OneOf(("disabled", "auto")), "disabled", "auto: leave out the oldest items when there are too many"
+)
+INCLUDE: Field[tuple[str, ...]] = Field("include", Include(), (), "log-probabilities of the text")
+_NO_TOOLS = "the server runs no tools of its own"
+
+PASSED_ON = (
+    "model", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "logit_bias", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens",
+    "spaces_between_special_tokens", "min_tokens", "truncate_prompt_tokens", "priority", "cache_salt", "timeout_ms",
+    "user", "parallel_tool_calls", "allowed_token_ids", "bad_words", "structured_outputs", "guided_json",
+    "guided_regex", "guided_choice", "guided_grammar", "guided_decoding_backend", "guided_whitespace_pattern",
+    "documents", "chat_template_kwargs", "add_special_tokens", "include_reasoning", "thinking_token_budget",
+    "chat_template", "mm_processor_kwargs", "logits_processors", "kv_transfer_params", "vllm_xargs", "service_tier",
+    "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+)  # fmt: skip
+
+RESPONSES = table(
+    *(CHAT[name] for name in PASSED_ON), RESPONSE_INPUT, PROMPT_TEXT, INSTRUCTIONS, BACKGROUND, MAX_OUTPUT_TOKENS,
+    METADATA, PREVIOUS, REASONING, STORE, STREAM, STREAM_CHOICES, TEXT_ANSWER, RESPONSE_TOOLS, RESPONSE_TOOL_CHOICE,
+    TRUNCATION, INCLUDE, TOP_LOGPROBS,
+    refused("conversation", "conversations kept by the server; previous_response_id goes on from a response"),
+    refused("n", "several answers", (1,)),
+    refused("messages", "a field of /v1/chat/completions; this endpoint has input"),
+    refused("max_tokens", "a field of /v1/chat/completions; this endpoint has max_output_tokens"),
+    refused("max_completion_tokens", "a field of /v1/chat/completions; this endpoint has max_output_tokens"),
+    refused("response_format", "a field of /v1/chat/completions; this endpoint has text.format"),
+    refused("logprobs", "a field of /v1/chat/completions; this endpoint has include and top_logprobs", (False,)),
+    refused("prompt_logprobs", "log-probabilities of the prompt"),
+    refused("echo", "the prompt in the answer", (False,)),
+    refused("continue_final_message", "an answer that goes on with the last message", (False,)),
+    refused("moderation", "judging what is said"),
+    refused("context_management", "compacting a conversation", ([],)),
+    ignored("max_tool_calls", _NO_TOOLS),
+    ignored("background_options", "a background response starts as soon as there is room"),
+    ignored("prompt_cache_options", "equal prompt beginnings are found without being told"),
+    ignored("image", "there are no images"),
+    ignored("access_programs", "there are none"),
+    ignored("request_id", "ids of responses are the server's own"),
+    ignored("return_token_ids", "a response has no place for token ids", (False,)),
+    ignored("return_tokens_as_token_ids", "tokens are shown as text", (False,)),
+)  # fmt: skip
 
 # Embedding endpoints.
 MAX_INPUTS = 2048

@@ -20,6 +20,8 @@ MAX_SOURCE = 2**18
 """Most characters of a schema, pattern or grammar, and of all choices together."""
 MAX_CHOICES = 1024
 _MAX_PATTERN = 256
+SCHEMA_NAME = Text(256, 1)
+SCHEMA_DESCRIPTION = Text(2**16)
 
 _JSON_KINDS = (GrammarKind.JSON_OBJECT, GrammarKind.JSON_SCHEMA)
 
@@ -108,12 +110,12 @@ class ResponseFormat:
 
     def _schema(self, value: object, path: str) -> Constraint:
         body = Object(16).check(value, path, 0)
-        _known(body, path, ("name", "description", "schema", "strict"))
+        known(body, path, ("name", "description", "schema", "strict"))
         if body.get("name") is None:
             raise BadRequest(f"`{path}.name` is required.", param=f"{path}.name")
-        Text(256, 1).check(body["name"], f"{path}.name", 0)
+        SCHEMA_NAME.check(body["name"], f"{path}.name", 0)
         if body.get("description") is not None:
-            Text(2**16).check(body["description"], f"{path}.description", 0)
+            SCHEMA_DESCRIPTION.check(body["description"], f"{path}.description", 0)
         if body.get("strict") is not None:
             Bool().check(body["strict"], f"{path}.strict", 0)
         if body.get("schema") is None:
@@ -124,8 +126,8 @@ class ResponseFormat:
         named: Schema = {
             "type": "object",
             "properties": {
-                "name": Text(256, 1).schema(),
-                "description": or_null(Text(2**16).schema()),
+                "name": SCHEMA_NAME.schema(),
+                "description": or_null(SCHEMA_DESCRIPTION.schema()),
                 "schema": or_null(SchemaKind().schema()),
                 "strict": or_null(Bool().schema()),
             },
@@ -159,7 +161,7 @@ class StructuredOutputs:
     def check(self, value: object, path: str, vocab_size: int) -> Constraint:
         body = {name: item for name, item in Object(16).check(value, path, 0).items() if item is not None}
         plain = ("json_object", "disable_fallback", "disable_any_whitespace", "disable_additional_properties")
-        _known(body, path, (*_KINDS, *plain, "whitespace_pattern"))
+        known(body, path, (*_KINDS, *plain, "whitespace_pattern"))
         flags = {name: Bool().check(body[name], f"{path}.{name}", 0) for name in plain if name in body}
         if flags.get("disable_additional_properties"):
             raise BadRequest(
@@ -240,7 +242,8 @@ def spaced(constraint: Constraint | None, pattern: str, path: str) -> Constraint
     return replace(constraint, spec=replace(constraint.spec, whitespace=pattern))
 
 
-def _known(body: dict[str, object], path: str, names: Sequence[str]) -> None:
+def known(body: dict[str, object], path: str, names: Sequence[str]) -> None:
+    """Raises BadRequest for a key of body that is not one of names."""
     for name in body:
         if name not in names:
             raise BadRequest(f"`{path}` has no key {shorten(name)}.", param=path)

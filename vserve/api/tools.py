@@ -64,7 +64,8 @@ class ToolUse:
     choice_field: str
 
 
-def _function(value: object, path: str, definition: dict[str, object]) -> Tool:
+def function_tool(value: object, path: str, definition: dict[str, object]) -> Tool:
+    """The function in value, which is all or a part of definition.  Raises BadRequest."""
     body = Object(64).check(value, path, 0)
     name = body.get("name")
     if name is None:
@@ -83,8 +84,8 @@ def _function(value: object, path: str, definition: dict[str, object]) -> Tool:
     return Tool(name, definition, parameters, strict is not None and Bool().check(strict, f"{path}.strict", 0))
 
 
-def _function_schema() -> Schema:
-    """What ``_function`` takes."""
+def function_schema() -> Schema:
+    """What ``function_tool`` takes."""
     typed: Schema = {"type": {"type": "string", "const": "object"}}
     name: Schema = {**Text(NAME_LIMIT, 1).schema(), "pattern": "^[A-Za-z0-9_.-]+$"}
     return {
@@ -100,12 +101,13 @@ def _function_schema() -> Schema:
     }
 
 
-def _named_list(item: Schema) -> Schema:
+def named_list(item: Schema) -> Schema:
     """At most TOOL_LIMIT of them; no two may have one name, of which JSON Schema can say only that they differ."""
     return {"type": "array", "items": item, "maxItems": TOOL_LIMIT, "uniqueItems": True}
 
 
-def _checked(tools: Sequence[Tool], path: str) -> tuple[Tool, ...]:
+def distinct(tools: Sequence[Tool], path: str) -> tuple[Tool, ...]:
+    """tools, if no two have one name and all together are not too long.  Raises BadRequest."""
     names: set[str] = set()
     for i, tool in enumerate(tools):
         if tool.name in names:
@@ -128,13 +130,13 @@ class Tools:
                 raise wrong(f"{path}[{i}].type", "'function', the one type of tool this server knows", item["type"])
             if item.get("function") is None:
                 raise BadRequest(f"`{path}[{i}].function` is required.", param=f"{path}[{i}].function")
-            tools.append(_function(item["function"], f"{path}[{i}].function", item))
-        return _checked(tools, path)
+            tools.append(function_tool(item["function"], f"{path}[{i}].function", item))
+        return distinct(tools, path)
 
     def schema(self) -> Schema:
         kind: Schema = {"type": "string", "const": "function"}
-        fields: Schema = {"type": kind, "function": _function_schema()}
-        return _named_list({"type": "object", "properties": fields, "required": ["function"]})
+        fields: Schema = {"type": kind, "function": function_schema()}
+        return named_list({"type": "object", "properties": fields, "required": ["function"]})
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,12 +146,13 @@ class Functions:
     def check(self, value: object, path: str, vocab_size: int) -> tuple[Tool, ...]:
         functions = Objects(TOOL_LIMIT).check(value, path, 0)
         tools = [
-            _function(item, f"{path}[{i}]", {"type": "function", "function": item}) for i, item in enumerate(functions)
+            function_tool(item, f"{path}[{i}]", {"type": "function", "function": item})
+            for i, item in enumerate(functions)
         ]
-        return _checked(tools, path)
+        return distinct(tools, path)
 
     def schema(self) -> Schema:
-        return _named_list(_function_schema())
+        return named_list(function_schema())
 
 
 @dataclass(frozen=True, slots=True)

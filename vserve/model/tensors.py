@@ -68,25 +68,30 @@ def norm_widths(config: ModelConfig, names: Names) -> Iterator[tuple[str, int, b
         yield names.base + names.final_norm, config.hidden_size, biased
 
 
-def expected_shapes(config: ModelConfig, names: Names | None = None) -> dict[str, Shape]:
-    """Name -> shape of every tensor that a model of config must have; names: the family's own when absent."""
-    names = names or family_of(config.architecture).names
+def expected(config: ModelConfig, names: Names) -> Iterator[tuple[str, Shape]]:
+    """(name, shape) of every tensor that a model of config must have; one at a time, for config is untrusted."""
     table = (config.vocab_size, config.embedding_size or config.hidden_size)
-    shapes: dict[str, Shape] = {f"{names.base}{names.embedding}.weight": table}
+    yield f"{names.base}{names.embedding}.weight", table
     if not config.tie_embeddings:
-        shapes[f"{names.head}.weight"] = table
+        yield f"{names.head}.weight", table
     if config.position_offset is not None:
-        rows = config.max_position + config.position_offset
-        shapes[f"{names.base}{names.positions}.weight"] = (rows, config.hidden_size)
+        yield (
+            f"{names.base}{names.positions}.weight",
+            (config.max_position + config.position_offset, config.hidden_size),
+        )
     for module, width, biased in norm_widths(config, names):
-        shapes[f"{module}.weight"] = (width,)
+        yield f"{module}.weight", (width,)
         if biased:
-            shapes[f"{module}.bias"] = (width,)
+            yield f"{module}.bias", (width,)
     for module, outputs, inputs, biased in linear_shapes(config, names):
-        shapes[f"{module}.weight"] = (inputs, outputs) if config.transposed else (outputs, inputs)
+        yield f"{module}.weight", (inputs, outputs) if config.transposed else (outputs, inputs)
         if biased:
-            shapes[f"{module}.bias"] = (outputs,)
-    return shapes
+            yield f"{module}.bias", (outputs,)
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Name -> shape of every tensor that a model of config must have."""
+    return dict(expected(config, family_of(config.architecture).names))
 
 
 def linear_numbers(config: ModelConfig) -> int:
@@ -98,10 +103,11 @@ def linear_numbers(config: ModelConfig) -> int:
 def check(weights: Weights, config: ModelConfig) -> Names:
     """The names that weights uses; StartupError unless it holds exactly the tensors of config, each in its shape."""
     names = names_of(weights, config)
-    shapes = expected_shapes(config, names)
     model = f"a {config.num_layers}-layer {config.architecture}"
     positions = f"{names.base}{names.positions}.weight"
-    for name, wanted in shapes.items():
+    known = set()
+    for name, wanted in expected(config, names):
+        known.add(name)
         if name not in weights:
             raise StartupError(f"tensor {name} is missing, which {model} needs with shape {_text(wanted)}")
         found = weights.get(name).shape
@@ -113,7 +119,7 @@ def check(weights: Weights, config: ModelConfig) -> Names:
             )
     for name in weights.names():
         # A tied head may be stored too: it is the embedding again, and transformers reads past it as well.
-        if name not in shapes and name != f"{names.head}.weight" and not name.endswith(names.harmless):
+        if name not in known and name != f"{names.head}.weight" and not name.endswith(names.harmless):
             raise StartupError(f"tensor {shorten(name)} is not one of {model}: the file holds another model")
     return names
 

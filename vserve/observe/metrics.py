@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -167,6 +168,17 @@ class EngineSnapshot:
     histograms: Mapping[str, Counted]
 
 
+class Stored(Protocol):
+    """The store of responses at one moment."""
+
+    @property
+    def entries(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def evictions(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class EncoderSnapshot:
     """The embedding model's part of a Snapshot.  histograms: by attribute of EncoderSeries."""
@@ -190,6 +202,7 @@ class Snapshot:
     http_time: Mapping[tuple[str, str], Counted]
     refused: Mapping[str, int]
     lag: Counted
+    stored: Stored | None = None
 
 
 class Metrics:
@@ -200,6 +213,7 @@ class Metrics:
         self.lag = Histogram(LAG_S)
         self.timer = Lag(self.lag.observe)
         self.gpu: Callable[[], float | None] | None = None  # asked in render's thread
+        self.stored: Callable[[], Stored] | None = None
         self._engine: EngineSeries | None = None
         self._encoder: EncoderSeries | None = None
         self._http: Counter[tuple[str, str, str]] = Counter()
@@ -246,7 +260,8 @@ class Metrics:
             shown = EngineSnapshot(engine.labels, engine.now(), dict(engine.finished), histograms)
         times = {key: histogram.snapshot() for key, histogram in self._http_time.items()}
         encoder = None if self._encoder is None else _encoder_snapshot(self._encoder)
-        return Snapshot(shown, encoder, dict(self._http), times, dict(self._refused), self.lag.snapshot())
+        stored = None if self.stored is None else self.stored()
+        return Snapshot(shown, encoder, dict(self._http), times, dict(self._refused), self.lag.snapshot(), stored)
 
     def render(self, snapshot: Snapshot) -> bytes:
         """The exposition text.  Takes milliseconds: any thread but the loop's."""
@@ -277,6 +292,8 @@ class _Ours(Collector):
         for reason, count in snapshot.refused.items():
             refused.add_metric((reason,), count)
         yield refused
+        if snapshot.stored is not None:
+            yield from _stored(snapshot.stored)
         lag = HistogramMetricFamily("vserve_event_loop_lag_seconds", "Seconds by which a timer of the loop was late.")
         lag.add_metric((), snapshot.lag.cumulative(), snapshot.lag.total)
         yield lag
@@ -308,6 +325,14 @@ def _engine(shown: EngineSnapshot | None, gpu: Callable[[], float | None] | None
             counted = shown.histograms[attribute]
             histogram.add_metric(values, counted.cumulative(), counted.total)
         yield histogram
+
+
+def _stored(stored: Stored) -> Iterator[Metric]:
+    yield GaugeMetricFamily("vserve_stored_responses", "Responses in the store.", stored.entries)
+    yield GaugeMetricFamily("vserve_stored_responses_bytes", "Bytes of the responses in the store.", stored.bytes)
+    yield CounterMetricFamily(
+        "vserve_stored_responses_evicted", "Responses dropped for a bound of the store.", stored.evictions
+    )
 
 
 def _encoder_snapshot(series: EncoderSeries) -> EncoderSnapshot:

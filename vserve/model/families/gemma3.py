@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Final
 
 from vserve.model.config import MAX_LAYERS, Architecture, ModelConfig
-from vserve.model.families.common import Silent, windows_by_layer
-from vserve.model.families.family import Family
-from vserve.model.families.gemma2 import NAMES, gemma
+from vserve.model.families.common import GGUF_BLOCK, GGUF_TOP, Silent, windows_by_layer
+from vserve.model.families.family import Family, GgufFamily, GgufShapes
+from vserve.model.families.gemma2 import GGUF_NORMS, NAMES, gemma, gemma_gguf, gguf_windows
+from vserve.model.families.qwen3 import QK_NORMS
 from vserve.model.fields import Fields
 from vserve.model.rope_scaling import MAX_POSITION, MAX_THETA
 
@@ -40,4 +41,16 @@ def _read(fields: Fields) -> ModelConfig:
     return replace(base, qk_norm=True, windows=windows, local_rope_theta=theta if windows else None)
 
 
-FAMILY = Family(Architecture.GEMMA3, _read, NAMES)
+def _read_gguf(fields: Fields, shapes: GgufShapes, factors: tuple[float, ...]) -> ModelConfig:
+    base = gemma_gguf(fields, shapes, factors, Architecture.GEMMA3, "gemma3", 62)
+    theta = fields.number("gemma3.rope.freq_base_swa", 1.0, MAX_THETA, _LOCAL_THETA)
+    windows = gguf_windows(fields, "gemma3", base.num_layers, 6)
+    return replace(base, qk_norm=True, windows=windows, local_rope_theta=theta)
+
+
+FAMILY = Family(
+    Architecture.GEMMA3,
+    _read,
+    NAMES,
+    GgufFamily("gemma3", _read_gguf, GGUF_BLOCK | GGUF_NORMS | QK_NORMS, GGUF_TOP),
+)
