@@ -12,8 +12,8 @@ kernel only.  More rows go through the matrix units, the weights as the first op
 Hopper's wide instruction busy however few the rows of x); where tiles are few, several programs share one, each with a
 part of K.  The last to end adds the parts up, always in the same order: no sum depends on who comes first.
 
-Integers become floats without a conversion: 4 bits put into the mantissa of a power of two, 128 or more in bf16 and fp32
-and 1024 in fp16, give that power + q exactly.  Split K for small batches: arXiv:2402.00025.
+Integers become floats without a conversion: 4 bits put into the mantissa of a power of two, 128 or more in bf16 and
+fp32 and 1024 in fp16, give that power + q exactly.  Split K for small batches: arXiv:2402.00025.
 """
 
 # ruff: noqa: SIM108
@@ -206,7 +206,7 @@ def _add_groups(sums, products, scale, offset, x_sum, CENTRE_AT: tl.constexpr, F
 
 
 @triton.jit
-def _vector(
+def _portable_row(
     x_ptr,  # [K]
     data_ptr,  # [N, K * BITS / 8], gated [2 F, ...]
     scale_ptr,  # [K / GROUP, N]
@@ -426,7 +426,7 @@ def _words(
     PRODUCT: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    # _vector in machine code: the same sums, on words of 4 bytes.
+    # _portable_row in machine code: the same sums, on words of 4 bytes.
     Q: tl.constexpr = BLOCK_K * BITS // 32
     EVEN: tl.constexpr = K % BLOCK_K == 0
     LAST: tl.constexpr = (K - 1) // BLOCK_K * BLOCK_K
@@ -776,7 +776,7 @@ def _one_row(
             *_code(_kind(weight), x.dtype, norm is not None), **options(shape.warps, early),
         )  # fmt: skip
     else:
-        _vector[grid](
+        _portable_row[grid](
             x, _bytes(weight), weight.scale, offset, x if norm is None else norm, *ends, *about, *flags,
             **options(shape.warps, early),
         )  # fmt: skip

@@ -69,8 +69,8 @@ def load(
 ) -> Decoder:
     """Read source's weights, or with load_format "dummy" draw random ones from seed, onto device in dtype.
 
-    Quantised weights stay as they are on a GPU, and on a CPU in float32; elsewhere they become dtype.  quantization: what
-    ``choose`` gave for source.  StartupError for a tensor that is missing, of a wrong shape or unknown, or, unless
+    Quantised weights stay as they are on a GPU, and on a CPU in float32; elsewhere they become dtype.  quantization:
+    what ``choose`` gave for source.  StartupError for a tensor that is missing, of a wrong shape or unknown, or, unless
     allow_nan, not finite.  The decoder does not depend on the files.
     """
     if load_format == "dummy":
@@ -316,8 +316,11 @@ class _StoredParts:
             stored = [stored[0].select_rows(order)]
             bias = None if bias is None else bias[order]
         bias = None if bias is None else bias.to(self.device)
-        if self._make_fp8 and not stored[0].quantised:
-            return online_fp8(self._dense(stored), bias)
+        if self._make_fp8 and not (stored[0].quantised or modules[0].endswith(self._names.router)):
+            # Not through the uploader: its copies may still be under way when the weight is read here.
+            weight = torch.cat([part.dense(self._dtype) for part in stored]).to(self.device)
+            self._note(tuple(part.name for part in stored), weight.sum(dtype=torch.float32))
+            return online_fp8(weight, bias)
         return self._linear(stored, bias)
 
     def stacked(self, *modules: str, into: Tensor) -> None:
