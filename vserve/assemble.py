@@ -238,7 +238,12 @@ def _budget(
     free, total = torch.cuda.mem_get_info(device)
     taken, allowed = total - free, int(total * config.gpu_memory_utilization)
     reserve = assemble_cuda.reserve_bytes(
-        source.config, max_num_seqs=rows, max_tokens=tokens, element_bytes=dtype.itemsize
+        source.config,
+        max_num_seqs=rows,
+        max_tokens=tokens,
+        element_bytes=dtype.itemsize,
+        grouped=source.kind is SourceKind.GGUF
+        or (source.quantization is not None and source.quantization.bits_in_groups),
     )
     budget = allowed - taken - reserve
     if budget <= 0:

@@ -39,13 +39,19 @@ COMPILERS: Final = 16
 """Threads that compile kernels at a cold start."""
 
 
-def reserve_bytes(config: ModelConfig, *, max_num_seqs: int, max_tokens: int, element_bytes: int) -> int:
-    """What must stay free of the KV cache: the largest step by kernels, one of a graph, and what libraries take."""
+def reserve_bytes(
+    config: ModelConfig, *, max_num_seqs: int, max_tokens: int, element_bytes: int, grouped: bool = False
+) -> int:
+    """What must stay free of the KV cache: the largest step by kernels, one of a graph, and what libraries take.
+
+    grouped: integers in groups are written out as numbers for steps of many rows, one layer at a time.
+    """
     draws = max_num_seqs + min(MIXED_CHUNKS, max_num_seqs)
     # Steps that score prompts run without a graph; a row of theirs is held twice while its best are sought.
     eager = step_bytes(config, tokens=max_tokens, draws=draws + 2 * MAX_SCORED_TOKENS, element_bytes=element_bytes)
     graph = step_bytes(config, tokens=min(max_tokens, MAX_GRAPH_TOKENS), draws=draws, element_bytes=element_bytes)
-    return eager + graph + LIBRARIES_BYTES
+    widest = 2 * config.intermediate_size * config.hidden_size * element_bytes if grouped else 0
+    return eager + graph + 2 * widest + LIBRARIES_BYTES
 
 
 @contextlib.contextmanager

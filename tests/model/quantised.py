@@ -83,7 +83,9 @@ def quantise(folder: Path, dense: Path, make: Any, settings: dict[str, object]) 
     plain = load_file(dense / "model.safetensors")
     packed: dict[str, Tensor] = {}
     for name, tensor in list(plain.items()):
-        if tensor.dim() == 2 and ".layers." in name:
+        # Routers are small and stay as they are, and so does what has no whole groups.
+        router = name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight"))
+        if tensor.dim() == 2 and ".layers." in name and not router and tensor.shape[1] % 32 == 0:
             parts, numbers = make(*tensor.shape, generator)
             packed.update({name.removesuffix("weight") + part: value for part, value in parts.items()})
             plain[name] = numbers.to(torch.float32).contiguous()
