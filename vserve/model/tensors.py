@@ -1,16 +1,19 @@
 """Which tensors a model of some configuration has, under which names and in which shapes; and whether a file has them.
 
-Knows no file format and reads no tensor.
+Knows no file format, reads no tensor and needs no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from vserve.errors import StartupError, shorten
 from vserve.model.config import ModelConfig, NormKind
 from vserve.model.families import Names, family_of
-from vserve.model.weights import Weights
+
+if TYPE_CHECKING:
+    from vserve.model.weights import Weights
 
 Shape = tuple[int, ...]
 
