@@ -45,11 +45,6 @@ class Quantization:
     zero_shift: int = 0
     online: bool = False
 
-    @property
-    def bits_in_groups(self) -> bool:
-        """Whether weights are integers, not e4m3 numbers."""
-        return self.method is not Method.FP8
-
 
 def read(folder: Path, values: Mapping[str, object]) -> Quantization | None:
     """What the config.json (values) of folder, or a file beside it, says; None for a plain checkpoint."""
