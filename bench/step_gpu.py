@@ -32,7 +32,13 @@ from vserve.engine.scheduler import Limits, Scheduler  # noqa: E402
 from vserve.engine.sequence import Plan  # noqa: E402
 from vserve.model import loader, source  # noqa: E402
 from vserve.model.gpu_decoder import GpuDecoder  # noqa: E402
+from vserve.model.quantization import Method, Quantization  # noqa: E402
 
+QUANTIZED = {
+    "none": None,
+    "awq": Quantization(Method.AWQ, 4, 128),
+    "fp8": Quantization(Method.FP8, online=True),
+}
 BLOCK_SIZE = 16
 STEPS = 60
 
@@ -119,12 +125,19 @@ def main() -> None:
     options.add_argument("--context", type=int, default=512)
     options.add_argument("--batches", default="1,2,4,8,16,32,64,128,256")
     options.add_argument("--tokens", default="16,128,512,2048")
+    options.add_argument("--quantization", default="none", choices=tuple(QUANTIZED), help="of the linear layers")
     options.add_argument("--eager", action="store_true", help="kernel by kernel, without graphs")
     options.add_argument("--record", action="store_true")
     given = options.parse_args()
     batches, tokens = [list(map(int, text.split(","))) for text in (given.batches, given.tokens)]
     found = source.resolve(given.model, environ=os.environ, need_weights=False)
-    decoder = loader.load(found, device=torch.device("cuda"), dtype=torch.bfloat16, load_format="dummy")
+    decoder = loader.load(
+        found,
+        device=torch.device("cuda"),
+        dtype=torch.bfloat16,
+        load_format="dummy",
+        quantization=QUANTIZED[given.quantization],
+    )
     assert isinstance(decoder, GpuDecoder)
     blocks = max(max(batches) * (-(-(given.context + 4 * STEPS) // BLOCK_SIZE) + 1), 4096 // BLOCK_SIZE)
     limits = Limits(
@@ -145,6 +158,8 @@ def main() -> None:
         use_graphs=not given.eager,
     )
     setting = {"model": found.name, "context": given.context, "graphs": not given.eager}
+    if given.quantization != "none":
+        setting["quantization"] = given.quantization
     for batch in batches:
         began = time.perf_counter()
         runner.capture(runner.buckets.choose(batch, 0, batch))

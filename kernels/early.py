@@ -34,3 +34,8 @@ def options(warps: int, early: bool) -> dict[str, int | bool]:
 def supported(index: int) -> bool:
     """True where CUDA device index can launch kernels early."""
     return torch.cuda.get_device_capability(index) >= (9, 0)
+
+
+def one_row(x: torch.Tensor) -> bool:
+    """True where work on x [M, K] is a single row on a device that launches early: more rows only lose by it."""
+    return x.is_cuda and x.shape[0] == 1 and supported(x.device.index)

@@ -43,6 +43,8 @@ def test_a_config_cannot_be_changed() -> None:
         (["--kv-cache-memory-bytes", "1.5GiB"], {}, "kv_cache_memory_bytes", 3 * 2**29),
         (["--drain-timeout", "2.5"], {}, "drain_timeout_s", 2.5),
         (["--block-size", "32"], {}, "block_size", 32),
+        (["--quantization", "awq", "--model", "facebook/opt-6.7b-awq"], {}, "quantization", "awq"),
+        (["-q", "gptq_marlin"], {}, "quantization", "gptq_marlin"),
     ],
 )
 def test_a_value_comes_from_the_flag_then_the_environment(
@@ -63,6 +65,7 @@ def test_a_value_comes_from_the_flag_then_the_environment(
         (["--port", "-1"], {}, "--port: -1 is too small; the least is 0"),
         ([], {"VSERVE_PORT": "x"}, "VSERVE_PORT: 'x' is not a whole number"),
         (["--block-size", "7"], {}, "--block-size: '7' is not one of 8, 16, 32"),
+        (["--kv-cache-dtype", "fp8"], {}, "--kv-cache-dtype: 'fp8' is not one of auto"),
         (["--device", "tpu"], {}, "--device: 'tpu' is not one of auto, cpu, cuda"),
         (["--request-timeout", "nan"], {}, "--request-timeout: nan is too small; the least is 0.001 seconds"),
         (["--kv-cache-memory-bytes", "3x"], {}, "'3x' is not a whole number of bytes, such as 512MiB"),

@@ -24,7 +24,7 @@ from vserve.engine.runner import Runner
 from vserve.engine.scheduler import Limits, Scheduler
 from vserve.engine.shapes import MIXED_SIZES
 from vserve.errors import EngineDied, StartupError, shorten
-from vserve.model import hub
+from vserve.model import hub, quantization
 from vserve.model.decoder import Decoder
 from vserve.model.loader import load
 from vserve.model.memory import CachePlan, gib, host_budget, host_memory, plan_cache
@@ -98,6 +98,11 @@ def assemble(
     )
     source = replace(source, config=source.config.limited(config.max_model_len))
     dtype = _dtype(config, source, device)
+    quantised = quantization.choose(
+        config.quantization, source.quantization, shorten(source.name), gguf=source.kind is SourceKind.GGUF
+    )
+    if quantised is not None and quantised.online and device.type == "cpu":
+        raise StartupError("--quantization fp8: plain weights become fp8 on a GPU only; leave the flag out")
     with ThreadPoolExecutor(2, thread_name_prefix="beside") as beside:
         words = beside.submit(_words, config, source)
         compiler = beside.submit(_prepare_compiler, device)
@@ -110,6 +115,7 @@ def assemble(
                 load_format=config.load_format,
                 seed=config.seed,
                 allow_nan=config.allow_nan_weights,
+                quantization=quantised,
                 progress=reporter.update,
             )
         tokenizer, template, grammars = words.result()

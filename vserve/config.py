@@ -111,6 +111,17 @@ class Config:
         choices=("auto", "float32", "bfloat16", "float16"),
         parse=lambda text: {"half": "float16", "float": "float32"}.get(text, text),
     )
+    quantization: str = _option(
+        "auto",
+        "how the weights are quantised; auto: as the model's files say; fp8 also makes plain weights fp8 on a GPU; any "
+        "other value must be that of the files",
+        "model",
+        choices=("auto", "none", "awq", "gptq", "fp8", "awq_marlin", "gptq_marlin", "compressed-tensors"),
+        aliases=("-q",),
+    )
+    kv_cache_dtype: str = _option(
+        "auto", "type of keys and values in the cache; only auto, that of the activations", "engine", choices=("auto",)
+    )
     max_model_len: int | None = _option(
         None, "longest prompt plus answer; the model's own limit by default", "model", low=1, unit="tokens"
     )

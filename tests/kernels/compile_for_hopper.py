@@ -23,6 +23,8 @@ NAMES = {
     torch.bfloat16: "bf16",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.uint8: "u8",
+    torch.float8_e4m3fn: "fp8e4nv",
 }
 
 
@@ -51,12 +53,22 @@ def compile_launch(self: JITFunction, *args: object, grid: object, warmup: bool,
 
 JITFunction.run = compile_launch
 
-from vserve.kernels import attention_decode, attention_prefill, gemv, moe, norm, rope, sampling  # noqa: E402
+from vserve.kernels import attention_decode, attention_prefill, fp8, gemv, grouped, moe, norm, rope, sampling  # noqa: E402
 from vserve.kernels.activation import activate, gated, silu_mul  # noqa: E402
+from vserve.kernels.packed import Form, Packed  # noqa: E402
+
+grouped._asm = lambda x: x.dtype != torch.float32  # what is compiled lies on a CPU here
 
 
 def some(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype)
+
+
+def grouped_weight(outputs: int, inputs: int, bits: int, group: int, form: Form) -> Packed:
+    numbers = some(inputs // group, outputs, dtype=torch.float16)
+    data = some(outputs, inputs * bits // 8, dtype=torch.uint8)
+    counters = some(8192, dtype=torch.int32)
+    return Packed(data, numbers, numbers if form <= Form.MINIMUM else None, bits, group, form, 8, counters)
 
 
 def main() -> None:
@@ -100,6 +112,15 @@ def main() -> None:
     for m in (1, 40):
         chosen = torch.zeros(m, 8, dtype=int64)
         moe.experts(some(m, 2048), chosen, some(m, 8, dtype=single), some(16, 1536, 2048), some(16, 2048, 768))
+    for bits, group, form in ((4, 128, Form.ZERO), (4, 32, Form.MINIMUM), (8, 16, Form.CENTRE), (8, 2048, Form.FLOAT)):
+        for dtype in (torch.bfloat16, torch.float16, single):
+            weight = grouped_weight(4096, 2048, bits, group, form)
+            x, width = some(1, 2048, dtype=dtype), some(2048, dtype=dtype)
+            grouped.linear(x, weight, residual=some(1, 4096, dtype=dtype), early=True)
+            grouped.gated_row(x, weight, norm=width, early=True)
+            grouped.linear(some(16, 2048, dtype=dtype), weight, bias=some(4096, dtype=dtype))
+        grouped.write_out(weight, torch.bfloat16)
+    fp8.quantise_rows(some(4, 2048), norm=some(2048))
 
 
 if __name__ == "__main__":

@@ -219,7 +219,6 @@ BAD_JSON: dict[str, tuple[dict[str, object], str]] = {
     "theta of text": ({"rope_theta": "1e4"}, "rope_theta is '1e4'"),
     "activation": ({"hidden_act": "gelu"}, "only silu, swish are supported"),
     "flag of text": ({"tie_word_embeddings": "yes"}, "must be true or false"),
-    "quantised": ({"quantization_config": {"quant_method": "awq"}}, "use unquantised safetensors or a GGUF file"),
     "partial rotary": ({"partial_rotary_factor": 0.5}, "only 1.0 is supported"),
     "partial rotary inside": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "only 1.0 is supported"),
     "rope of text": ({"rope_scaling": "linear"}, "must be an object"),

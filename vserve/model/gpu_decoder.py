@@ -20,9 +20,13 @@ from vserve.kernels import cuda, dispatch
 from vserve.kernels.cuda import StepPlan
 from vserve.model.config import Activation, ModelConfig
 from vserve.model.decoder import Decoder
+from vserve.model.gpu_linear import QUANTISED, GpuLinear
 from vserve.model.layers import Block, Embedding, Mlp, Norm, Positions
 from vserve.model.linear import Linear, PlainLinear
 from vserve.model.ops import KvCache, Step
+
+_FUSED = (PlainLinear, *QUANTISED)
+"""Layers that have forms with a norm before them and a sum behind."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,10 +34,10 @@ class _Layer:
     """One block in the form that can be fused."""
 
     block: Block
-    qkv: PlainLinear
-    output: PlainLinear
-    gate_up: PlainLinear
-    down: PlainLinear
+    qkv: PlainLinear | GpuLinear
+    output: PlainLinear | GpuLinear
+    gate_up: PlainLinear | GpuLinear
+    down: PlainLinear | GpuLinear
 
 
 class GpuDecoder(Decoder):
@@ -93,23 +97,37 @@ class GpuDecoder(Decoder):
         residual = self._embedding(ids)
         for number, (layer, pair) in enumerate(zip(layers, pairs, strict=True)):
             block, qkv, gate_up = layer.block, layer.qkv, layer.gate_up
-            x = cuda.norm_linear(residual, block.attention_norm.weight, eps, qkv.weight, qkv.bias)
+            x = norm_linear(residual, block.attention_norm.weight, eps, qkv)
             q = cuda.rope_and_write(x, pair, plan, block.q_norm, block.k_norm, eps, block.rotation)
             x = cuda.paged_attention(q, pair, plan, self._scale, block.window)
             if number == last and logit_rows is not None:  # what follows is wanted of these rows only
                 x, residual = x.index_select(0, logit_rows), residual.index_select(0, logit_rows)
             residual = add_linear(x, layer.output, residual)
-            mlp_norm = block.mlp_norm.weight
-            if gate_up.bias is None:
-                x = cuda.norm_gated_linear(residual, mlp_norm, eps, gate_up.weight)
-            else:
-                x = cuda.silu_mul(cuda.norm_linear(residual, mlp_norm, eps, gate_up.weight, gate_up.bias))
+            x = norm_gated_linear(residual, block.mlp_norm.weight, eps, gate_up)
             residual = add_linear(x, layer.down, residual)
-        return cuda.norm_linear(residual, norm.weight, eps, head.weight, head.bias)
+        return norm_linear(residual, norm.weight, eps, head)
 
 
-def add_linear(x: Tensor, linear: PlainLinear, residual: Tensor) -> Tensor:
-    """residual [M, N] + linear(x [M, K]), rounded once; residual is undefined afterwards."""
+def norm_linear(x: Tensor, norm: Tensor, eps: float, linear: PlainLinear | GpuLinear) -> Tensor:
+    """linear(rms_norm(x [M, K], norm [K], eps))."""
+    if isinstance(linear, PlainLinear):
+        return cuda.norm_linear(x, norm, eps, linear.weight, linear.bias)
+    return linear.normed(x, norm, eps)
+
+
+def norm_gated_linear(x: Tensor, norm: Tensor, eps: float, linear: PlainLinear | GpuLinear) -> Tensor:
+    """silu(first half) * second half of norm_linear."""
+    if not isinstance(linear, PlainLinear):
+        return linear.normed_gated(x, norm, eps)
+    if linear.bias is None:
+        return cuda.norm_gated_linear(x, norm, eps, linear.weight)
+    return cuda.silu_mul(cuda.norm_linear(x, norm, eps, linear.weight, linear.bias))
+
+
+def add_linear(x: Tensor, linear: PlainLinear | GpuLinear, residual: Tensor) -> Tensor:
+    """residual [M, N] + linear(x [M, K]); residual is undefined afterwards."""
+    if not isinstance(linear, PlainLinear):
+        return linear.added(x, residual)
     weight, bias = linear.weight, linear.bias
     if dispatch.use_gemv(x.shape[0], weight.shape[0], weight.shape[1], x.device):
         return cuda.linear(x, weight, bias, residual)
@@ -120,19 +138,19 @@ def add_linear(x: Tensor, linear: PlainLinear, residual: Tensor) -> Tensor:
 
 def _fused(
     config: ModelConfig, blocks: Sequence[Block], norm: Norm | None, head: Linear
-) -> tuple[tuple[_Layer, ...], Norm, PlainLinear] | None:
+) -> tuple[tuple[_Layer, ...], Norm, PlainLinear | GpuLinear] | None:
     """The layers, the last norm and the head where all of them can be fused; else None."""
     plain = config.activation is Activation.SILU and config.gated and config.position_offset is None
     if not plain or config.sandwich or config.post_norm or config.attention_softcap or config.logit_softcap:
         return None
-    if norm is None or norm.bias is not None or not isinstance(head, PlainLinear):
+    if norm is None or norm.bias is not None or not isinstance(head, _FUSED):
         return None
     layers = []
     for block in blocks:
         mlp = block.mlp
         if not isinstance(mlp, Mlp) or block.attention_norm.bias is not None:
             return None
-        parts = [part for part in (block.qkv, block.output, mlp.up, mlp.down) if isinstance(part, PlainLinear)]
+        parts = [part for part in (block.qkv, block.output, mlp.up, mlp.down) if isinstance(part, _FUSED)]
         if len(parts) != 4:
             return None
         layers.append(_Layer(block, *parts))

@@ -28,6 +28,10 @@ class Kind(StrEnum):
     Q4_K = "Q4_K"
     Q5_K = "Q5_K"
     Q6_K = "Q6_K"
+    GROUPED = "GROUPED"
+    """Integers in groups in several tensors of a safetensors file: AWQ and GPTQ, see grouped_weights.py."""
+    E4M3 = "E4M3"
+    """8-bit floats with a scale beside them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,4 +64,6 @@ LAYOUTS: dict[Kind, Layout] = {
     Kind.Q4_K: Layout(256, 2 + 2 + 12 + 128),
     Kind.Q5_K: Layout(256, 2 + 2 + 12 + 32 + 128),
     Kind.Q6_K: Layout(256, 128 + 64 + 16 + 2),
+    Kind.GROUPED: Layout(1, 1),
+    Kind.E4M3: Layout(1, 1),
 }

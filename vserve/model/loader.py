@@ -26,6 +26,7 @@ from vserve.model.config import ModelConfig, NormKind
 from vserve.model.decoder import Decoder
 from vserve.model.experts import Experts, GroupedExperts, Routing, StackedExperts
 from vserve.model.families import Names, family_of
+from vserve.model.grouped_weights import GroupedTensor
 from vserve.model.layers import (
     Block,
     Chain,
@@ -39,6 +40,8 @@ from vserve.model.layers import (
     rotary_order,
 )
 from vserve.model.linear import GroupedLinear, Linear, PlainLinear, dense_linear, has_grouped
+from vserve.model.quantised_linear import Place, online_fp8, quantised_dummy, quantised_linear
+from vserve.model.quantization import Quantization
 from vserve.model.source import ModelSource
 from vserve.model.tensors import check, expected_shapes, linear_numbers
 from vserve.model.upload import MOST_THREADS, Uploader
@@ -62,17 +65,26 @@ def load(
     seed: int = 0,
     allow_nan: bool = False,
     progress: Progress | None = None,
+    quantization: Quantization | None = None,
 ) -> Decoder:
     """Read source's weights, or with load_format "dummy" draw random ones from seed, onto device in dtype.
 
-    On a CPU in float32, quantised weights stay as they are; everywhere else they become dtype.  StartupError for a
-    tensor that is missing, of a wrong shape or unknown, or, unless allow_nan, not finite.
-    The decoder does not depend on the files.
+    Quantised weights stay as they are on a GPU, and on a CPU in float32; elsewhere they become dtype.  quantization:
+    what ``choose`` gave for source.  StartupError for a tensor that is missing, of a wrong shape or unknown, or, unless
+    allow_nan, not finite.  The decoder does not depend on the files.
     """
     if load_format == "dummy":
-        return load_dummy(source.config, device=device, dtype=dtype, seed=seed, progress=progress)
+        return load_dummy(
+            source.config, device=device, dtype=dtype, seed=seed, progress=progress, quantization=quantization
+        )
     return load_weights(
-        source.open_weights(), source.config, device=device, dtype=dtype, progress=progress, allow_nan=allow_nan
+        source.open_weights(),
+        source.config,
+        device=device,
+        dtype=dtype,
+        progress=progress,
+        allow_nan=allow_nan,
+        make_fp8=quantization is not None and quantization.online,
     )
 
 
@@ -86,8 +98,9 @@ def load_weights(
     dense_copy_limit: int = DENSE_COPY_LIMIT,
     allow_nan: bool = False,
     for_gpu: bool | None = None,
+    make_fp8: bool = False,
 ) -> Decoder:
-    """The decoder of config with the tensors of weights; errors as in load.
+    """The decoder of config with the tensors of weights; errors as in load.  make_fp8: of plain layers, as they load.
 
     for_gpu: in the form for a GPU, whatever the device: on a CPU its kernels are interpreted.  None: by the device.
     """
@@ -95,11 +108,11 @@ def load_weights(
     names = check(weights, config)
     copies = 4 * linear_numbers(config) <= dense_copy_limit
     if device.type != "cuda":
-        parts = _StoredParts(weights, config, names, device, dtype, copies, for_gpu)
+        parts = _StoredParts(weights, config, names, device, dtype, copies, for_gpu, make_fp8)
         decoder = _build(parts, config, names, progress)
     else:
         with closing(Uploader(device)) as uploader:
-            parts = _StoredParts(weights, config, names, device, dtype, copies, for_gpu, uploader)
+            parts = _StoredParts(weights, config, names, device, dtype, copies, for_gpu, make_fp8, uploader)
             decoder = _build(parts, config, names, progress, MOST_THREADS)
     if not allow_nan:
         parts.verify()
@@ -113,10 +126,14 @@ def load_dummy(
     dtype: torch.dtype,
     seed: int = 0,
     progress: Progress | None = None,
+    quantization: Quantization | None = None,
 ) -> Decoder:
-    """The decoder of config with weights drawn from seed on device: normal, spread 0.02; norms are 1, biases 0."""
+    """The decoder of config with weights drawn from seed on device: spread 0.02, normal where they are not quantised.
+
+    Norms are 1, biases 0.
+    """
     names = family_of(config.architecture).names
-    return _build(_DummyParts(config, names, device, dtype, seed), config, names, progress)
+    return _build(_DummyParts(config, names, device, dtype, seed, quantization), config, names, progress)
 
 
 class _Parts(Protocol):
@@ -253,8 +270,10 @@ class _StoredParts:
         dtype: torch.dtype,
         copies: bool,
         for_gpu: bool,
+        make_fp8: bool = False,
         uploader: Uploader | None = None,
     ) -> None:
+        self._make_fp8 = make_fp8
         self.for_gpu = for_gpu
         self._weights = weights
         self._uploader = uploader
@@ -296,7 +315,13 @@ class _StoredParts:
             assert len(stored) == 1, "rows that change places are those of one fused projection"
             stored = [stored[0].select_rows(order)]
             bias = None if bias is None else bias[order]
-        return self._linear(stored, None if bias is None else bias.to(self.device))
+        bias = None if bias is None else bias.to(self.device)
+        if self._make_fp8 and not (stored[0].quantised or modules[0].endswith(self._names.router)):
+            # Not through the uploader: its copies may still be under way when the weight is read here.
+            weight = torch.cat([part.dense(self._dtype) for part in stored]).to(self.device)
+            self._note(tuple(part.name for part in stored), weight.sum(dtype=torch.float32))
+            return online_fp8(weight, bias)
+        return self._linear(stored, bias)
 
     def stacked(self, *modules: str, into: Tensor) -> None:
         self._fill(into, [self._take(f"{module}.weight") for module in modules])
@@ -358,16 +383,22 @@ class _StoredParts:
         return DenseEmbedding(table, self._dtype)
 
     def _linear(self, stored: Sequence[StoredTensor], bias: Tensor | None) -> Linear:
-        if self.for_gpu:
-            return PlainLinear(self._dense(stored), bias)
+        if self.for_gpu or any(isinstance(part, GroupedTensor) for part in stored):
+            place = Place(self.device, self._dtype, self.for_gpu)
+            made = quantised_linear(stored, bias, place, partial(self._plain, stored, bias), self._copies, self._note)
+            return self._plain(stored, bias) if made is None else made
         if not (self._grouped and all(quant.can_group(part.kind) for part in stored)):
-            return dense_linear(self._dense(stored), bias)
+            return self._plain(stored, bias)
         q, scale, minimum = (torch.cat(part) for part in zip(*map(quant.unpack_groups, stored), strict=True))
         names = tuple(part.name for part in stored)
         self._note(names, scale)
         self._note(names, minimum)
-        many = dense_linear(self._dense(stored), bias) if self._copies else None
+        many = self._plain(stored, bias) if self._copies else None
         return GroupedLinear(q, scale, minimum, bias, many)
+
+    def _plain(self, stored: Sequence[StoredTensor], bias: Tensor | None) -> Linear:
+        weight = self._dense(stored)
+        return PlainLinear(weight, bias) if self.for_gpu else dense_linear(weight, bias)
 
     def _dense(self, stored: Sequence[StoredTensor], dtype: torch.dtype | None = None) -> Tensor:
         """The numbers of all parts one below the other, [sum of rows, cols], on the device; dtype None: the model's."""
@@ -391,7 +422,16 @@ class _StoredParts:
 class _DummyParts:
     """Parts drawn at random on the device itself, each tensor from a seed of its own: threads change nothing."""
 
-    def __init__(self, config: ModelConfig, names: Names, device: torch.device, dtype: torch.dtype, seed: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        names: Names,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
+        quantization: Quantization | None = None,
+    ) -> None:
+        self._quantization = quantization
         self._shapes = expected_shapes(config)
         self._config = config
         self._names = names
@@ -418,7 +458,10 @@ class _DummyParts:
         outputs, inputs = sum(shape[0] for shape in shapes), shapes[0][1]
         biased = f"{modules[0]}.bias" in self._shapes
         bias = torch.zeros(outputs, dtype=self._dtype, device=self.device) if biased else None
-        return dense_linear(self._matrix(modules[0], outputs, inputs), bias)
+        weight = self._matrix(modules[0], outputs, inputs)
+        if self._quantization is None:
+            return dense_linear(weight, bias)
+        return quantised_dummy(weight, bias, self._quantization)
 
     def stacked(self, *modules: str, into: Tensor) -> None:
         into.copy_(self._matrix(modules[0], *into.shape))

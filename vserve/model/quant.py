@@ -47,6 +47,20 @@ class _Parts:
     offset: int = 0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Blocks:
+    """A matrix of quantised blocks taken apart: weight = scale * (q - centre), or scale * q + minimum, group by group.
+
+    q uint8 [rows, cols], below 2 ** bits; scale, minimum float32 [rows, groups]; centre None: minimum holds.
+    """
+
+    q: Tensor
+    scale: Tensor
+    minimum: Tensor
+    centre: int | None
+    bits: int
+
+
 def dequantize(kind: Kind, blocks: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The numbers of blocks [rows, row bytes] uint8, as [rows, cols] of dtype in new memory.
 
@@ -83,6 +97,26 @@ def unpack_groups(stored: StoredTensor) -> tuple[Tensor, Tensor, Tensor]:
         torch.from_numpy(parts.q.reshape(rows, cols)),
         torch.from_numpy(parts.scale.reshape(groups)),
         torch.from_numpy(minimum.reshape(groups)),
+    )
+
+
+def can_pack(kind: Kind) -> bool:
+    """Whether ``unpack_blocks`` takes this kind."""
+    return kind in _UNPACK
+
+
+def unpack_blocks(stored: StoredTensor) -> Blocks:
+    """The integers, scales and minima of a matrix of a kind that ``can_pack``, in new memory."""
+    rows, cols = stored.shape
+    parts = _UNPACK[stored.kind](stored.blocks().reshape(-1, LAYOUTS[stored.kind].block_bytes).numpy())
+    scale = torch.from_numpy(parts.scale.reshape(rows, -1))
+    minimum = scale * -float(parts.offset) if parts.minimum is None else torch.from_numpy(parts.minimum)
+    return Blocks(
+        torch.from_numpy(parts.q.reshape(rows, cols)),
+        scale,
+        minimum.reshape(rows, -1),
+        parts.offset if parts.minimum is None else None,
+        _BITS[stored.kind],
     )
 
 
@@ -192,3 +226,6 @@ _UNPACK: dict[Kind, Callable[[Bytes], _Parts]] = {
     Kind.Q5_K: _q5_k,
     Kind.Q6_K: _q6_k,
 }
+
+_BITS = {kind: 4 if kind in (Kind.Q4_0, Kind.Q4_1, Kind.Q4_K) else 8 for kind in _UNPACK}
+"""The bits that hold an integer of each kind, of 4 and 8."""

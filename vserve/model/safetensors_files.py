@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, Protocol, cast
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -26,6 +27,14 @@ _PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _SHARD: Final = re.compile(r"[^/\\\0]{1,240}\.safetensors")
 """A bare file name: nothing that leads out of the folder."""
 _BITS: Final = {"F32": 32, "F16": 16, "BF16": 16}
+_RAW_BITS: Final = {**_BITS, "I32": 32, "F8_E4M3": 8}
+"""Those of quantised checkpoints too."""
+_KINDS: Final = {LAYOUTS[Kind(name)].dtype: Kind(name) for name in _BITS}
+_DTYPES: Final = {
+    **{name: LAYOUTS[Kind(name)].dtype for name in _BITS},
+    "I32": torch.int32,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 
 
 class _Slice(Protocol):
@@ -73,29 +82,34 @@ class SafetensorsWeights:
         total = 0
         for name, (_, opened) in self._holders.items():
             entry = opened.get_slice(name)
-            bits = _BITS.get(entry.get_dtype(), 0)
+            bits = _RAW_BITS.get(entry.get_dtype(), 0)
             for size in entry.get_shape():
                 bits *= size
             total += bits // 8
         return total
 
     def get(self, name: str) -> StoredTensor:
+        data = self.raw(name, *_BITS)
+        kind = _KINDS[data.dtype]
+        return StoredTensor(name, kind, tuple(data.shape), data)
+
+    def raw(self, name: str, *types: str) -> Tensor:
+        """The tensor as it is; StartupError unless its type is one of types, by its name in the format."""
         if name not in self._holders:
             raise StartupError(f"{shorten(str(self._folder))}: tensor {name} is missing")
         path, opened = self._holders[name]
         where = f"{shorten(str(path))}: tensor {shorten(name)}"
         require_size(path, self._sizes[path])
         dtype = opened.get_slice(name).get_dtype()
-        if dtype not in _BITS:
-            raise StartupError(f"{where} is of type {dtype}, which is not supported; supported are {', '.join(_BITS)}")
+        if dtype not in types:
+            raise StartupError(f"{where} is of type {dtype}, which is not supported; supported are {', '.join(types)}")
         try:
             data = opened.get_tensor(name)
         except (SafetensorError, RuntimeError, OSError) as error:
             raise StartupError(f"{where} cannot be read: {shorten(str(error))}") from None
-        kind = Kind(dtype)
-        if data.dtype != LAYOUTS[kind].dtype:
+        if data.dtype != _DTYPES[dtype]:
             raise StartupError(f"{where} was read as {data.dtype}, not {dtype}")
-        return StoredTensor(name, kind, tuple(data.shape), data)
+        return data
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Final
 
 from vserve.errors import StartupError, shorten
-from vserve.model import gguf, hub
+from vserve.model import gguf, hub, quantization
 from vserve.model.config import ModelConfig
 from vserve.model.gguf import Gguf
 from vserve.model.gguf_weights import ROPE_FACTORS, GgufWeights
+from vserve.model.grouped_weights import QuantisedWeights
 from vserve.model.json_file import read_object
 from vserve.model.kinds import Kind
+from vserve.model.quantization import Quantization
 from vserve.model.safetensors_files import SafetensorsWeights, weight_files
 from vserve.model.weights import Weights
 
@@ -55,6 +57,7 @@ class ModelSource:
     path: the folder or the file.  name: the id it is served under by default.  generation_config: the keys of a
     generation_config.json, unchecked ({} when there is none).  chat_template: a GGUF file's own; None for a folder,
     whose template the text package reads from path.  gguf: the mapped file, None for a folder.
+    quantization: of a folder's checkpoint, None where it is plain.
     """
 
     kind: SourceKind
@@ -64,6 +67,7 @@ class ModelSource:
     generation_config: Mapping[str, object]
     chat_template: str | None = None
     gguf: Gguf | None = None
+    quantization: Quantization | None = None
 
     @property
     def gguf_metadata(self) -> Mapping[str, object] | None:
@@ -71,7 +75,10 @@ class ModelSource:
 
     def open_weights(self) -> Weights:
         """The tensors, mapped and not yet read; StartupError when the files are missing or broken."""
-        return SafetensorsWeights(self.path) if self.gguf is None else GgufWeights(self.gguf, self.config)
+        if self.gguf is not None:
+            return GgufWeights(self.gguf, self.config)
+        weights = SafetensorsWeights(self.path)
+        return weights if self.quantization is None else QuantisedWeights(weights, self.quantization)
 
 
 def resolve(
@@ -191,7 +198,8 @@ def _from_folder(folder: Path, name: str, need_weights: bool) -> ModelSource:
         file = next(folder.glob("*.gguf"), None)
         advice = f"pass the file {shorten(file.name)} in it" if file else "it is not a Hugging Face model folder"
         raise StartupError(f"{where}: no config.json; {advice}")
-    config = ModelConfig.from_json(read_object(folder / "config.json"), shorten(str(folder / "config.json")))
+    values = read_object(folder / "config.json")
+    config = ModelConfig.from_json(values, shorten(str(folder / "config.json")))
     if need_weights:
         weight_files(folder)
     generation = folder / "generation_config.json"
@@ -201,6 +209,7 @@ def _from_folder(folder: Path, name: str, need_weights: bool) -> ModelSource:
         name=name,
         config=config,
         generation_config=read_object(generation) if generation.is_file() else {},
+        quantization=quantization.read(folder, values),
     )
 
 

@@ -49,10 +49,7 @@ def gguf_of(architecture: Architecture) -> GgufFamily:
 def read_json(values: Mapping[str, object], where: str) -> ModelConfig:
     """The configuration in a config.json; StartupError that lists what is supported for any other architecture."""
     family = _json_family(values, where)
-    fields = Fields(values, where)
-    if "quantization_config" in fields:
-        raise fields.fail("quantization_config", "not supported: use unquantised safetensors or a GGUF file")
-    return family.read(fields)
+    return family.read(Fields(values, where))
 
 
 def read_gguf(

@@ -1,0 +1,196 @@
+"""Linear layers whose weights stay quantised on a GPU, with the norm before them, and a gate or a sum behind.
+
+Few rows: weights become numbers in registers (kernels/grouped.py).  Many: integers are written out as plain numbers
+for cuBLAS, and e4m3 weights meet e4m3 activations on the matrix units (kernels/fp8.py).  Which, depends on the number
+of rows alone, so that a captured graph serves every batch of its shape.  One thread, one stream at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vserve.kernels import cuda, early, fp8, grouped, packed
+from vserve.kernels.packed import Form, Packed
+from vserve.model.grouped_weights import Groups
+from vserve.model.quant import Blocks
+
+FP8_ROWS: Final = 16
+"""Most rows for which reading e4m3 weights alone beats making the activations e4m3 too, on an H100."""
+
+_FP8_ALIGN: Final = 16
+"""What inputs and outputs of an fp8 product on the matrix units are multiples of."""
+
+
+class GpuLinear(Protocol):
+    """x [M, K] -> [M, N] in x's dtype; the other forms as vserve.kernels.cuda has them for plain weights."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def normed(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        """The layer of rms_norm(x, norm, eps)."""
+
+    def normed_gated(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        """silu(first half) * second half of that."""
+
+    def added(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual [M, N] + the layer of x; residual is undefined afterwards."""
+
+
+class GroupedGpuLinear:
+    """Integers in groups; order int64 [K]: place k of the weights is input order[k], None where all lie in place."""
+
+    def __init__(self, weight: Packed, bias: Tensor | None, order: Tensor | None) -> None:
+        self.weight = weight
+        self._bias = bias
+        self._order = order
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._product(self._ordered(x), None)
+
+    def normed(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        if x.shape[0] == 1 and self._order is None:
+            return grouped.linear(x, self.weight, norm=norm, eps=eps, bias=self._bias, early=early.one_row(x))
+        return self(cuda.rms_norm(x, norm, eps))
+
+    def normed_gated(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        if x.shape[0] == 1 and self._order is None:
+            return grouped.gated_row(x, self.weight, norm=norm, eps=eps, bias=self._bias, early=early.one_row(x))
+        return cuda.silu_mul(self(cuda.rms_norm(x, norm, eps)))
+
+    def added(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self._product(self._ordered(x), residual)
+
+    def _ordered(self, x: Tensor) -> Tensor:
+        return x if self._order is None else x.index_select(1, self._order)
+
+    def _product(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if 0 < x.shape[0] <= grouped.MATRIX_ROWS:
+            return grouped.linear(x, self.weight, bias=self._bias, residual=residual, early=early.one_row(x))
+        y = functional.linear(x, grouped.write_out(self.weight, x.dtype), self._bias)
+        return y if residual is None else y.add_(residual)
+
+
+class FloatGpuLinear:
+    """e4m3 numbers with a scale for each output."""
+
+    def __init__(self, weight: Packed, bias: Tensor | None) -> None:
+        self.weight = weight
+        self._bias = bias
+        self._data = weight.data.view(torch.float8_e4m3fn)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._few(x):
+            return grouped.linear(x, self.weight, bias=self._bias, early=early.one_row(x))
+        return self._multiply(x, *fp8.quantise_rows(x))
+
+    def normed(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        if x.shape[0] == 1:
+            return grouped.linear(x, self.weight, norm=norm, eps=eps, bias=self._bias, early=early.one_row(x))
+        if self._few(x):
+            return self(cuda.rms_norm(x, norm, eps))
+        return self._multiply(x, *fp8.quantise_rows(x, norm=norm, eps=eps))
+
+    def normed_gated(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        if x.shape[0] == 1:
+            return grouped.gated_row(x, self.weight, norm=norm, eps=eps, bias=self._bias, early=early.one_row(x))
+        return cuda.silu_mul(self.normed(x, norm, eps))
+
+    def added(self, x: Tensor, residual: Tensor) -> Tensor:
+        if self._few(x):
+            return grouped.linear(x, self.weight, bias=self._bias, residual=residual, early=early.one_row(x))
+        return self(x).add_(residual)
+
+    def _few(self, x: Tensor) -> bool:
+        return 0 < x.shape[0] <= FP8_ROWS
+
+    def _multiply(self, x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+        return fp8.multiply(q, scale, self._data, self.weight.scale, x.dtype, self._bias)
+
+
+class StackedGpuLinear:
+    """Layers of the same inputs, their outputs side by side."""
+
+    def __init__(self, parts: Sequence[GpuLinear]) -> None:
+        self._parts = tuple(parts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self._parts], dim=1)
+
+    def normed(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        return self(cuda.rms_norm(x, norm, eps))
+
+    def normed_gated(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+        return cuda.silu_mul(self.normed(x, norm, eps))
+
+    def added(self, x: Tensor, residual: Tensor) -> Tensor:
+        return residual.add_(self(x))
+
+
+QUANTISED: Final = (GroupedGpuLinear, FloatGpuLinear, StackedGpuLinear)
+"""Every class of such layers."""
+
+
+def stacked_linear(parts: Sequence[GpuLinear | None]) -> GpuLinear | None:
+    """parts as one layer; None where one could not be made."""
+    made = [part for part in parts if part is not None]
+    return StackedGpuLinear(made) if len(made) == len(parts) else None
+
+
+def groups_linear(parts: Sequence[Groups], bits: int, bias: Tensor | None) -> GpuLinear | None:
+    """The rows of parts one below the other, all in one order, on their device; None where groups cannot be packed."""
+    if len({part.group for part in parts}) != 1 or not packed.fits(parts[0].q.shape[1], bits, parts[0].group):
+        return None
+    q, scale, zero = (torch.cat(part) for part in zip(*((p.q, p.scale, p.zero) for p in parts), strict=True))
+    centre = int(zero[0, 0])
+    if bool((zero == centre).all()):
+        weight = packed.pack(q, scale, None, bits=bits, form=Form.CENTRE, centre=centre)
+    else:
+        # Whole numbers up to 256, exact in float16 and in bfloat16.
+        weight = packed.pack(q, scale, zero.to(scale.dtype), bits=bits, form=Form.ZERO)
+    return GroupedGpuLinear(weight, bias, parts[0].order)
+
+
+def blocks_linear(parts: Sequence[Blocks], device: torch.device, bias: Tensor | None) -> GpuLinear | None:
+    """The rows of GGUF blocks one below the other, on device; None where their groups cannot be packed.
+
+    Scales and minima are rounded to float16, which is what most block formats keep them in.
+    """
+    q = torch.cat([part.q.to(device) for part in parts])
+    scale = torch.cat([part.scale.to(device) for part in parts])
+    minimum = torch.cat([part.minimum.to(device) for part in parts])
+    bits = max(part.bits for part in parts)
+    if not packed.fits(q.shape[1], bits, q.shape[1] // scale.shape[1]):
+        return None
+    if not (_fits_half(scale) and _fits_half(minimum)):
+        return None
+    scale = scale.to(torch.float16)
+    centre = parts[0].centre
+    if centre is not None and all(part.centre == centre for part in parts):
+        weight = packed.pack(q, scale, None, bits=bits, form=Form.CENTRE, centre=centre)
+    else:
+        weight = packed.pack(q, scale, minimum.to(torch.float16), bits=bits, form=Form.MINIMUM)
+    return GroupedGpuLinear(weight, bias, None)
+
+
+def float_linear(data: Tensor, scale: Tensor, bias: Tensor | None) -> GpuLinear | None:
+    """A layer of e4m3 data [N, K] and the scale [N] of each row; None for sizes that the matrix units do not take."""
+    outputs, inputs = data.shape
+    if outputs % _FP8_ALIGN or inputs % packed.CHUNK:
+        return None
+    weight = packed.pack(data.view(torch.uint8), scale.view(-1, 1), None, bits=8, form=Form.FLOAT)
+    return FloatGpuLinear(weight, bias)
+
+
+def to_e4m3(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale float32 [N], e4m3 [N, K]) of a plain weight [N, K]: a row's largest number becomes e4m3's largest."""
+    scale = weight.abs().amax(1).to(torch.float32).div_(fp8.LARGEST).clamp_(min=torch.finfo(torch.float32).tiny)
+    return scale, (weight.to(torch.float32) / scale.unsqueeze(1)).to(torch.float8_e4m3fn)
+
+
+def _fits_half(numbers: Tensor) -> bool:
+    return bool(numbers.abs().amax() <= torch.finfo(torch.float16).max)
