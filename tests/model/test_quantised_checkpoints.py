@@ -114,7 +114,7 @@ def test_biases_that_autogptq_writes_are_read_past_where_they_are_zero(
     save_file(tensors, folder / "model.safetensors")
     source = resolve(str(folder), environ={})
     if number != 0.0:
-        with pytest.raises(StartupError, match="q_proj.bias' is not one of a 1-layer LlamaForCausalLM"):
+        with pytest.raises(StartupError, match=r"q_proj\.bias' is not one of a 1-layer LlamaForCausalLM"):
             load(source, device=CPU, dtype=torch.float32)
         return
     judge = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
@@ -209,7 +209,8 @@ def test_settings_may_lie_beside_config_json(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(json.dumps(settings))
     found = resolve(str(tmp_path), environ={}).quantization
     method = Method.GPTQ if name == "quantize_config.json" else Method.AWQ
-    assert found == Quantization(method, 4, 64, zero_shift=1 if method is Method.GPTQ else 0)
+    of_gptq = method is Method.GPTQ
+    assert found == Quantization(method, 4, 64, zero_shift=1 if of_gptq else 0, symmetric=of_gptq)
 
 
 FOUND = Quantization(Method.AWQ, 4, 128)
