@@ -21,7 +21,7 @@ GROUP_SIZES: Final = (32, 64, 128, 256, 512, 1024)
 BESIDE: Final = ("quantize_config.json", "quant_config.json")
 """Where older tools put the settings of GPTQ and of AWQ."""
 
-_ALIASES: Final = {"awq_marlin": "awq", "gptq_marlin": "gptq"}
+ALIASES: Final = {"awq_marlin": "awq", "gptq_marlin": "gptq"}
 """Names of another server's kernels for the same files."""
 
 
@@ -68,7 +68,7 @@ def choose(flag: str, found: Quantization | None, where: str, *, gguf: bool = Fa
 
     flag: auto, none, or a method by any of its names.  where: names the model in errors.
     """
-    wanted = _ALIASES.get(flag, flag)
+    wanted = ALIASES.get(flag, flag)
     if wanted == "auto" or (found is not None and wanted == found.method):
         return found
     if wanted == "compressed-tensors":
