@@ -13,12 +13,17 @@ from tests.model.families import CASES, config_json, make
 from vserve.errors import StartupError
 from vserve.kernels.packed import Form, pack
 from vserve.model.config import ModelConfig
+from vserve.model.gguf import TensorInfo
+from vserve.model.kinds import Kind
 from vserve.model.memory import GIB, plan_cache
 from vserve.model.outline import SIZES, of_size
 from vserve.model.quantization import Method, Quantization
 from vserve.sizing import (
     CONTEXT_BYTES,
     COUNTERS_BYTES,
+    HEAD,
+    WRITTEN_ROWS,
+    GgufTensors,
     Plan,
     Quantisation,
     cache_budget,
@@ -26,6 +31,7 @@ from vserve.sizing import (
     fitting_sequences,
     reserve,
     weight_bytes,
+    written_numbers,
 )
 
 SMALL = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_hidden_layers": 3}
@@ -137,3 +143,31 @@ def test_more_tokens_in_a_step_reserve_more_and_graphs_have_a_largest_size() -> 
     assert small.step < large.step
     assert small.graph == large.graph
     assert dataclasses.replace(large, libraries=0).total == large.step + large.graph
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "tokens", "numbers"),
+    [
+        (None, 8192, 0),
+        (Quantisation("fp8", 8, is_float=True), 8192, 0),
+        (Quantisation("awq", 4, 128), WRITTEN_ROWS, 0),
+        (Quantisation("awq", 4, 128), WRITTEN_ROWS + 1, 2 * 14336 * 4096),
+    ],
+)
+def test_steps_of_many_rows_reserve_the_largest_matrix_written_out(
+    quantisation: Quantisation | None, tokens: int, numbers: int
+) -> None:
+    config = of_size("8B").config
+    plain, packed = (
+        reserve(config, max_num_seqs=64, max_tokens=tokens, element_bytes=2, quantisation=form)
+        for form in (None, quantisation)
+    )
+    assert packed.step - plain.step == packed.graph - plain.graph == 2 * numbers
+
+
+def test_a_packed_head_is_written_out_for_many_draws() -> None:
+    config = of_size("8B").config
+    head = TensorInfo(HEAD, Kind.Q6_K, (config.vocab_size, config.hidden_size), 0, 0)
+    form = GgufTensors({HEAD: head})
+    numbers = [written_numbers(config, form, tokens=512, draws=draws) for draws in (WRITTEN_ROWS, WRITTEN_ROWS + 1)]
+    assert numbers == [2 * 14336 * 4096, 128256 * 4096]

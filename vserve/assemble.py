@@ -137,7 +137,7 @@ def assemble(
     rows = config.max_num_seqs or sizes.max_num_seqs
     tokens = config.max_num_batched_tokens or sizes.max_num_batched_tokens
     form = _stored_form(config, source, quantised)
-    kept = reserve(source.config, max_num_seqs=rows, max_tokens=tokens, element_bytes=dtype.itemsize)
+    kept = reserve(source.config, max_num_seqs=rows, max_tokens=tokens, element_bytes=dtype.itemsize, quantisation=form)
     weights = Weighed.now(device)
     plan = plan_cache(
         source.config,

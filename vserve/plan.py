@@ -167,7 +167,7 @@ def answered(found: Outline, config: Config, wanted: Wanted, quantisation: Quant
     size = ELEMENT_BYTES[dtype]
     rows = config.max_num_seqs or SIZES["cuda"].max_num_seqs
     tokens = config.max_num_batched_tokens or SIZES["cuda"].max_num_batched_tokens
-    kept = reserve(model, max_num_seqs=rows, max_tokens=tokens, element_bytes=size)
+    kept = reserve(model, max_num_seqs=rows, max_tokens=tokens, element_bytes=size, quantisation=quantisation)
     weights = weight_bytes(model, size, quantisation)
     taken = weights + CONTEXT_BYTES
     sequence = -(-wanted.length // config.block_size) * config.block_size * token_bytes(model, size)

@@ -122,6 +122,8 @@ BLOCKS: Final[Mapping[Kind, Quantisation]] = {
 """How GGUF blocks lie on a GPU: their integers in 4 or 8 bits, scales and minima in float16."""
 COUNTERS_BYTES: Final = 4 << 13
 """Beside every packed matrix, for the programs of one product to join their sums."""
+WRITTEN_ROWS: Final = 128
+"""A product of more rows writes packed integers out as plain numbers (kernels/grouped.py's MATRIX_ROWS)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,14 +202,42 @@ def _counter_bytes(config: ModelConfig) -> int:
     return config.num_layers * (4 if config.experts is None else 2) * COUNTERS_BYTES
 
 
-def reserve(config: ModelConfig, *, max_num_seqs: int, max_tokens: int, element_bytes: int) -> Reserve:
+def reserve(
+    config: ModelConfig,
+    *,
+    max_num_seqs: int,
+    max_tokens: int,
+    element_bytes: int,
+    quantisation: Quantisation | GgufTensors | None = None,
+) -> Reserve:
     """For steps of at most so many sequences and tokens."""
     draws = max_num_seqs + min(MIXED_CHUNKS, max_num_seqs)
-    return Reserve(
-        # Steps that score prompts run without a graph; a row of theirs is held twice while its best are sought.
-        step=step_bytes(config, tokens=max_tokens, draws=draws + 2 * MAX_SCORED_TOKENS, element_bytes=element_bytes),
-        graph=step_bytes(config, tokens=min(max_tokens, MAX_GRAPH_TOKENS), draws=draws, element_bytes=element_bytes),
+    scored = draws + 2 * MAX_SCORED_TOKENS
+    graph_tokens = min(max_tokens, MAX_GRAPH_TOKENS)
+    step, graph = (
+        step_bytes(config, tokens=tokens, draws=rows, element_bytes=element_bytes)
+        + written_numbers(config, quantisation, tokens=tokens, draws=rows) * element_bytes
+        for tokens, rows in ((max_tokens, scored), (graph_tokens, draws))
     )
+    return Reserve(step, graph)
+
+
+def written_numbers(
+    config: ModelConfig, quantisation: Quantisation | GgufTensors | None, *, tokens: int, draws: int
+) -> int:
+    """Numbers of the largest matrix that a step writes out for its products, one matrix at a time; 0 for none."""
+    if quantisation is None or (isinstance(quantisation, Quantisation) and quantisation.is_float):
+        return 0
+    width, sizes = config.hidden_size, [0]
+    if tokens > WRITTEN_ROWS:
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        sizes += [(queries + 2 * keys) * width, queries * width]
+        if not all(config.has_experts(layer) for layer in range(config.num_layers)):
+            sizes.append((2 if config.gated else 1) * config.intermediate_size * width)
+    # A head has as many rows as are drawn from.
+    if draws > WRITTEN_ROWS and isinstance(quantisation, GgufTensors) and not config.tie_embeddings:
+        sizes += [math.prod(quantisation.tensors[HEAD].shape)] if HEAD in quantisation.packed() else []
+    return max(sizes)
 
 
 def cache_budget(*, total: int, utilization: float, taken: int, reserve: Reserve) -> int:

@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from tests.model import quantised
 from tests.model.driving import Driver, distance, judged, random_model
+from vserve.kernels.grouped import MATRIX_ROWS
 from vserve.model.gpu_decoder import GpuDecoder
 from vserve.model.loader import load_weights
 from vserve.model.source import _default_file, resolve
-from vserve.sizing import GgufTensors, Quantisation, weight_bytes
+from vserve.sizing import WRITTEN_ROWS, GgufTensors, Quantisation, weight_bytes
 
 LIMIT = 3e-2 if torch.cuda.is_available() else 1e-4
 """The GPU computes in bfloat16."""
@@ -89,3 +90,7 @@ def test_the_blocks_of_the_default_model_take_what_is_planned(device: torch.devi
     assert isinstance(decoder, GpuDecoder)
     planned = weight_bytes(source.config, 2, GgufTensors(source.gguf.tensors))
     assert held_bytes(decoder) == pytest.approx(planned, rel=0.002)
+
+
+def test_plans_know_from_how_many_rows_weights_are_written_out() -> None:
+    assert WRITTEN_ROWS == MATRIX_ROWS
