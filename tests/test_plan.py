@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -210,6 +211,16 @@ def test_what_cannot_be_planned_is_one_line_and_exit_code_2(
     assert said in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(("words", "code"), [(("8B",), 0), (("8B", "--json"), 0), (("70B",), 1)])
+def test_a_reader_that_has_left_is_no_error(words: tuple[str, ...], code: int) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "vserve", "plan", *words]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (code, "")
 
 
 def test_planning_never_loads_torch() -> None:

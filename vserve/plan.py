@@ -10,6 +10,8 @@ import argparse
 import dataclasses
 import json
 import math
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NoReturn
@@ -147,11 +149,22 @@ def run(words: Sequence[str], environ: Mapping[str, str]) -> int:
         for quantisation in (None, QUANTISATIONS["awq"])
     ]
     if given.json:
-        print(json.dumps(_as_json(found, answer, rows, config, wanted), indent=2))
+        _print(json.dumps(_as_json(found, answer, rows, config, wanted), indent=2))
     else:
         page = [] if found is None or answer is None else [*_page(found, answer, config, wanted), ""]
-        print("\n".join(page + _table(rows, config, wanted)))
+        _print("\n".join(page + _table(rows, config, wanted)))
     return 0 if answer is None or _fits(answer, wanted) else EXIT_DOES_NOT_FIT
+
+
+def _print(text: str) -> None:
+    """To stdout; a reader that has seen enough, such as head, is no mistake."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # What could not be written would be tried again at the end of the process.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def answered(found: Outline, config: Config, wanted: Wanted, quantisation: Quantisation | GgufTensors | None) -> Answer:
