@@ -84,6 +84,19 @@ class Config:
         "model",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    tokenizer: str | None = _option(
+        None, "folder to read the tokenizer and the chat template from, where it is not the model's own", "model"
+    )
+    chat_template: str | None = _option(
+        None, "chat template in place of the model's: a file, or the template itself", "model"
+    )
+    revision: str | None = _option(None, "branch, tag or commit of a hub id; main by default", "model")
+    download_dir: str | None = _option(
+        None, "cache of models from the hub, in Hugging Face's layout; HF_HUB_CACHE or ~/.cache by default", "model"
+    )
+    hf_token: str | None = _option(
+        None, "token for downloads that need one; HF_TOKEN or the logged-in user's by default", "model", secret=True
+    )
     load_format: str = _option(
         "auto",
         "auto reads the files; dummy makes random weights from config.json, for benchmarks",
@@ -234,6 +247,27 @@ class Config:
     )
     exit_on_stall: bool = _option(
         False, "end every stream with an error and exit with code 3 at --stall-timeout", "server"
+    )
+    enable_rca: bool = _option(
+        False, "serve /debug/version, stats, cache_stats, traces and config, to keys with the scope admin", "server"
+    )
+    rca_traces: int = _option(
+        1000, "requests whose timeline /debug/traces keeps", "server", low=1, high=100_000, unit="requests"
+    )
+    rca_trace_bytes: int = _option(
+        16 * 2**20,
+        "most memory of these timelines",
+        "server",
+        low=65536,
+        high=2**32,
+        unit="bytes",
+        parse=parse_bytes,
+    )
+    otlp_traces_endpoint: str | None = _option(
+        None,
+        "send a span of each request to this OpenTelemetry collector (OTLP over HTTP), such as "
+        "http://127.0.0.1:4318/v1/traces; a URL without a path gets /v1/traces",
+        "server",
     )
     response_store: str | None = _option(
         None, "SQLite file that keeps responses over a restart; in memory by default", "server"

@@ -29,7 +29,7 @@ REFUSED = ("AuthenticationError", "authentication_error")
 
 @pytest.fixture(scope="module")
 def stand() -> Iterator[Stand]:
-    with standing(api_keys=(KEY,)) as running:
+    with standing(api_keys=(KEY,), rca=True) as running:
         scraper = Key("scraper", digest("sk-metrics"), frozenset({"metrics"}))
         running.call(lambda: running.app.keys.name([scraper]))
         yield running

@@ -29,7 +29,7 @@ from vserve.oauth.grants import Flow, Grants
 
 HI = [{"role": "user", "content": "hi"}]
 HUGE_VOCABULARY = 2**80  # the one bound that the description cannot know
-EVERYTHING = table(App(options()))
+EVERYTHING = table(App(options(rca=True)))
 ENTRIES = tuple(entry for entry in EVERYTHING if not entry.page)
 TABLES: dict[str, Table] = {body.name: body.rows for entry in ENTRIES for body in entry.doc.takes}
 ROWS = {f"{name}.{row.name}": row for name, rows in TABLES.items() for row in rows.values()}
@@ -39,7 +39,7 @@ ROWS |= {f"stream_options.{row.name}": row for row in STREAM_OPTION_ROWS.values(
 
 @pytest.fixture(scope="module")
 def stand() -> Iterator[Stand]:
-    with standing() as running:
+    with standing(rca=True) as running:
         yield running
 
 
@@ -372,6 +372,11 @@ REPLIES: list[tuple[str, str, dict[str, Any] | None]] = [
     ("Tokenized", "/tokenize", {"prompt": []}),
     ("Tokenized", "/tokenize", {"messages": HI}),
     ("Detokenized", "/detokenize", {"tokens": [104, 105]}),
+    ("DebugVersion", "/debug/version", None),
+    ("DebugStats", "/debug/stats", None),
+    ("DebugCache", "/debug/cache_stats", None),
+    ("DebugTraces", "/debug/traces", None),
+    ("DebugTraces", "/debug/traces?format=chrome", None),
 ]
 
 

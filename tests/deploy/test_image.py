@@ -26,6 +26,7 @@ ARGUMENTS, STAGES = read((ROOT / "Dockerfile").read_text())
 BY_NAME = {stage.name: stage for stage in STAGES}
 RUN = STAGES[-1]
 UID = 10001
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def test_the_image_runs_as_a_user_of_its_own_and_gets_its_signals() -> None:
@@ -66,7 +67,7 @@ def image() -> Iterator[tuple[Build, Path]]:
     root = Path(tempfile.mkdtemp(prefix="vserve-image-"))
     root.chmod(0o755)
     try:
-        build = Build(ROOT, root, {**ARGUMENTS, "DEVICE": "cpu"})
+        build = Build(ROOT, root, {**ARGUMENTS, "DEVICE": "cpu", "VSERVE_GIT_HASH": COMMIT})
         commands = [command for name in ("wheel", "base-cpu", "run") for command in build.run(BY_NAME[name])]
         assert len(commands) == len(BY_NAME["wheel"].all("RUN")) + len(RUN.all("RUN"))
         yield build, root
@@ -159,6 +160,14 @@ def test_the_wheel_is_small_and_asks_for_few_packages(image: tuple[Build, Path])
     assert len(re.findall(r"^Requires-Dist: (?!.*extra ==)", metadata, re.MULTILINE)) <= 8
     assert "vserve/kernels/reference.py" in names  # what the symbolic link points to travels
     assert {"vserve/api/static/swagger-ui-bundle.js.gz", "vserve/api/static/LICENSES.txt"} <= set(names)
+
+
+def test_the_package_knows_the_commit_that_it_was_built_from(image: tuple[Build, Path]) -> None:
+    _, root = image
+    python = root / "run" / "opt" / "vserve" / "env" / "bin" / "python"
+    script = "from vserve.build import git_hash; print(git_hash())"
+    done = subprocess.run([str(python), "-I", "-c", script], capture_output=True, text=True, cwd="/", timeout=60)
+    assert done.stdout == f"{COMMIT}\n", done.stderr
 
 
 def test_one_file_is_the_whole_program(image: tuple[Build, Path], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Nothing else adds a route.  ``gate`` decides on a request before its body is rea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from vserve.api import messages_fields, schema
@@ -14,6 +15,7 @@ from vserve.api.app import App
 from vserve.api.batch import BATCH, Batch
 from vserve.api.chat import Chat
 from vserve.api.completions import Completions
+from vserve.api.debug import TRACES, Debug
 from vserve.api.embeddings import Embeddings
 from vserve.api.entry import ADMIN, INFER, OPEN, Body, Doc, Entry, Need
 from vserve.api.invocations import Invocations
@@ -27,6 +29,7 @@ from vserve.api.responses import INPUT_ITEMS, RETRIEVE, Responses
 from vserve.api.scale import SCALE, Scale
 from vserve.api.score import Score
 from vserve.api.tokens import Tokens
+from vserve.api.tracing import Tracing
 from vserve.errors import ApiError
 from vserve.http.exchange import Handler, Headers
 from vserve.http.router import Route
@@ -215,8 +218,44 @@ def table(app: App) -> tuple[Entry, ...]:
         doc = Doc("This description.", reply="OpenApi")
         rows.append(Entry("openapi", get, ("/openapi.json",), openapi.get, OPEN, Need.NOTHING, doc))
         rows += _pages(Pages(app))
+    if app.options.rca:
+        rows += _debug(app)
     openapi.cover(rows)
-    return tuple(rows)
+    return tuple(rows if app.tracing is None else [_traced(row, app.tracing) for row in rows])
+
+
+def _debug(app: App) -> list[Entry]:
+    """What --enable-rca adds."""
+    debug, get = Debug(app), ("GET",)
+    return [
+        Entry(
+            "debug_version", get, ("/debug/version",), debug.version, ADMIN, Need.NOTHING,
+            Doc("What runs here.", reply="DebugVersion"),
+        ),
+        Entry(
+            "debug_stats", get, ("/debug/stats",), debug.stats, ADMIN, Need.NOTHING,
+            Doc("What the engine does.", reply="DebugStats"),
+        ),
+        Entry(
+            "debug_cache", get, ("/debug/cache_stats",), debug.cache_stats, ADMIN, Need.NOTHING,
+            Doc("How full the KV cache is.", reply="DebugCache"),
+        ),
+        Entry(
+            "debug_traces", get, ("/debug/traces",), debug.traces, ADMIN, Need.NOTHING,
+            Doc("What the last requests went through.", query=TRACES, reply="DebugTraces"),
+        ),
+        Entry(
+            "debug_config", get, ("/debug/config",), debug.config, ADMIN, Need.NOTHING,
+            Doc("What the server was started with.", reply="DebugConfig"),
+        ),
+    ]  # fmt: skip
+
+
+def _traced(row: Entry, tracing: Tracing) -> Entry:
+    """The row, its requests traced where they bring work; a flood of probes must not push those out."""
+    if "POST" not in row.methods or row.need is Need.NOTHING:
+        return row
+    return replace(row, handler=tracing.handler(row.handler, row.name))
 
 
 def _pages(pages: Pages) -> list[Entry]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vserve.engine.packing import Packed, Packer, Words, fits
 from vserve.engine.sequence import Plan, Results
-from vserve.engine.shapes import ENTRY_WORDS, UPDATE_WORDS, Buckets, Layout, Shape
+from vserve.engine.shapes import ENTRY_WORDS, MAX_GRAPH_TOKENS, UPDATE_WORDS, Buckets, Layout, Shape
 from vserve.engine.special import CANNOT_DRAW, Answers, SpecialDraws, answers_for
 from vserve.kernels import ahead, sampling
 from vserve.kernels import rows as row_kernels
@@ -38,7 +38,6 @@ SLOTS: Final = 4
 """Host buffers of steps in flight; the loop keeps two in flight at most."""
 WISHES: Final = 32
 """After so many steps padded to a larger graph, a shape gets its own between two steps: some 30 ms, once."""
-MAX_GRAPH_TOKENS: Final = 2048
 PADDING_MOST: Final = 2.0
 CHEAP_TOKENS: Final = 256
 """A mixed step takes a larger graph than its own only up to so many times its tokens, or so many tokens, of which the

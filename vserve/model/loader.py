@@ -1,7 +1,7 @@
 """load: a model's files, or random numbers in their place, -> a ``Decoder`` ready to run.
 
-Owns the names and shapes of every tensor a Llama-family model has and what form each takes on a device.  All tensors
-are checked before the first is read.  Knows no file format.  Runs on the engine thread, and on a few of its own.
+Owns what form each part of a model takes on a device; which tensors there are is tensors.py's.  All are checked before
+the first is read.  Knows no file format.  Runs on the engine thread, and on a few of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
-from vserve.errors import StartupError, shorten
 from vserve.kernels import reference
 from vserve.model import quant
 from vserve.model.config import ModelConfig
@@ -25,6 +24,7 @@ from vserve.model.decoder import Decoder
 from vserve.model.layers import Block, DenseEmbedding, Embedding, StoredEmbedding
 from vserve.model.linear import GroupedLinear, Linear, dense_linear, has_grouped
 from vserve.model.source import ModelSource
+from vserve.model.tensors import EMBEDDING, HEAD, NORM, check, expected_shapes, linear_numbers
 from vserve.model.upload import MOST_THREADS, Uploader
 from vserve.model.weights import StoredTensor, Weights
 
@@ -33,13 +33,6 @@ Progress = Callable[[int, int], None]
 
 DENSE_COPY_LIMIT: Final = 4 << 30
 """Most bytes of float32 copies kept beside quantised weights, for steps of many rows; a larger model goes without."""
-
-EMBEDDING: Final = "model.embed_tokens.weight"
-NORM: Final = "model.norm.weight"
-HEAD: Final = "lm_head.weight"
-
-_HARMLESS_SUFFIX: Final = ".rotary_emb.inv_freq"
-"""Old checkpoints hold the rotary frequencies, which are worked out from the configuration."""
 
 _DUMMY_SPREAD: Final = 0.02
 
@@ -74,7 +67,7 @@ def load_weights(
 ) -> Decoder:
     """The decoder of config with the tensors of weights; errors as in load."""
     check(weights, config)
-    copies = 4 * _linear_numbers(config) <= dense_copy_limit
+    copies = 4 * linear_numbers(config) <= dense_copy_limit
     if device.type != "cuda":
         return _build(_StoredParts(weights, config.tie_embeddings, device, dtype, copies), config, progress)
     with closing(Uploader(device)) as uploader:
@@ -92,60 +85,6 @@ def load_dummy(
 ) -> Decoder:
     """The decoder of config with weights drawn from seed on device: normal, spread 0.02; norms are 1, biases 0."""
     return _build(_DummyParts(config, device, dtype, seed), config, progress)
-
-
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name -> shape of every tensor that a model of config must have."""
-    width, inner = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    matrices = {
-        "self_attn.q_proj": (queries, width, config.attention_bias),
-        "self_attn.k_proj": (keys, width, config.attention_bias),
-        "self_attn.v_proj": (keys, width, config.attention_bias),
-        "self_attn.o_proj": (width, queries, config.output_bias),
-        "mlp.gate_proj": (inner, width, config.mlp_bias),
-        "mlp.up_proj": (inner, width, config.mlp_bias),
-        "mlp.down_proj": (width, inner, config.mlp_bias),
-    }
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, width), NORM: (width,)}
-    if not config.tie_embeddings:
-        shapes[HEAD] = (config.vocab_size, width)
-    for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}."
-        shapes[prefix + "input_layernorm.weight"] = (width,)
-        shapes[prefix + "post_attention_layernorm.weight"] = (width,)
-        for name, (outputs, inputs, biased) in matrices.items():
-            shapes[f"{prefix}{name}.weight"] = (outputs, inputs)
-            if biased:
-                shapes[f"{prefix}{name}.bias"] = (outputs,)
-    return shapes
-
-
-def check(weights: Weights, config: ModelConfig) -> None:
-    """StartupError unless weights holds exactly the tensors of config, each in its shape."""
-    shapes = expected_shapes(config)
-    model = f"a {config.num_layers}-layer {config.architecture}"
-    for name, wanted in shapes.items():
-        if name not in weights:
-            raise StartupError(f"tensor {name} is missing, which {model} needs with shape {_text(wanted)}")
-        found = weights.get(name).shape
-        if found != wanted:
-            raise StartupError(
-                f"tensor {name} has shape {_text(found)}, but {model} of this size needs {_text(wanted)}"
-            )
-    for name in weights.names():
-        # A tied head may be stored too: it is the embedding again, and transformers reads past it as well.
-        if name not in shapes and name != HEAD and not name.endswith(_HARMLESS_SUFFIX):
-            raise StartupError(f"tensor {shorten(name)} is not one of {model}: the file holds another model")
-
-
-def _text(shape: Sequence[int]) -> str:
-    return "[" + ", ".join(map(str, shape)) + "]"
-
-
-def _linear_numbers(config: ModelConfig) -> int:
-    matrices = sum(shape[0] * shape[1] for name, shape in expected_shapes(config).items() if len(shape) == 2)
-    return matrices if config.tie_embeddings else matrices - config.vocab_size * config.hidden_size
 
 
 class _Parts(Protocol):
