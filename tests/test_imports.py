@@ -52,6 +52,7 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
                 "encoder_bridge",
                 "engine.policy",
                 "errors",
+                "oauth.grants",
                 "observe",
                 "scale",
                 "store",

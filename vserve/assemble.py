@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,6 +96,7 @@ def assemble(
         need_weights=config.load_format != "dummy",
         progress=lambda done, total: reporter.update(done, total),
     )
+    source = replace(source, config=source.config.limited(config.max_model_len))
     dtype = _dtype(config, source, device)
     with ThreadPoolExecutor(2, thread_name_prefix="beside") as beside:
         words = beside.submit(_words, config, source)
@@ -108,6 +109,7 @@ def assemble(
                 dtype=dtype,
                 load_format=config.load_format,
                 seed=config.seed,
+                allow_nan=config.allow_nan_weights,
                 progress=reporter.update,
             )
         tokenizer, template, grammars = words.result()

@@ -103,6 +103,7 @@ class Config:
         "model",
         choices=("auto", "dummy"),
     )
+    allow_nan_weights: bool = _option(False, "load weights that hold NaN or infinite numbers", "model")
     dtype: str = _option(
         "auto",
         "type of weights and activations; auto: float32 on CPU, the model's own on GPU",

@@ -67,12 +67,12 @@ class Options:
     api_keys: tuple[str, ...] = ()
     strict: bool = False
     docs: bool = True
-    root_path: str = ""
-    oauth2: Flow | None = None
     rca: bool = False
     rca_traces: int = 1000
     rca_trace_bytes: int = 16 * 2**20
     settings: Mapping[str, object] = field(default_factory=dict)
+    root_path: str = ""
+    oauth2: Flow | None = None
     keep_alive_s: float = 15.0
     request_timeout_s: float | None = None
     stall_timeout_s: float = 60.0

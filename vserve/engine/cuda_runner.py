@@ -286,7 +286,16 @@ class CudaRunner:
                 inputs,
             )
             starts, logit_rows, draw_rows = fields["starts"], fields["draw_tokens"], fields["draw_rows"]
-        plan = StepPlan(inputs.cos, inputs.sin, inputs.slots, starts, inputs.context_lens, inputs.tables, shape.decodes)
+        plan = StepPlan(
+            inputs.cos,
+            inputs.sin,
+            inputs.slots,
+            starts,
+            inputs.context_lens,
+            inputs.tables,
+            shape.decodes,
+            fields["positions"],
+        )
         # One buffer for all: a graph that kept its own would hold on to hundreds of megabytes.
         decoder, pairs = self._layers
         further = None
@@ -339,7 +348,8 @@ class CudaRunner:
             return 0
         assert not self._captured
         whole = self._layers
-        self._layers = self._decoder.ends(), (self._cache.pairs[0], self._cache.pairs[-1])
+        ends = self._decoder.ends()
+        self._layers = ends, self._cache.pairs[: ends.num_layers]
 
         def work() -> None:
             for shape in shapes:
