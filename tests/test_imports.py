@@ -46,7 +46,6 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
             {
                 "build",
                 "http",
-                "oauth.grants",
                 "text",
                 "bridge",
                 "encoder_bridge",
