@@ -18,7 +18,7 @@ QUESTION = "What is the capital of France? Answer with one word."
 
 
 def chat(server: Server, **fields: Any) -> ChatOpenAI:
-    settings: dict[str, Any] = {"model": NAMES[0], "temperature": 0, "max_tokens": 60, "max_retries": 0, **fields}
+    settings: dict[str, Any] = {"model": NAMES[1], "temperature": 0, "max_tokens": 60, "max_retries": 0, **fields}
     return ChatOpenAI(base_url=f"{server.url}/v1", api_key="unused", **settings)
 
 

@@ -1,4 +1,4 @@
-"""The official packages for Node.js against the real server, side by side: chat, streams, tools, responses, messages."""
+"""The official packages for Node.js against the real server: chat, streams, tools, responses, messages."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ async function responses() {
     model: "",
     input: "Say it again.",
     previous_response_id: whole.id,
-    max_output_tokens: 16,
+    max_output_tokens: 100,
     tools: [{ type: "function", name: "get_weather", parameters, strict: true }],
     tool_choice: { type: "function", name: "get_weather" },
   });
