@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import orjson
 
 from vserve.api import reply_schema
+from vserve.api.access import METRICS
 from vserve.api.app import App
-from vserve.api.entry import OPEN, Doc, Entry
+from vserve.api.entry import OPEN, Doc, Entry, Need
 from vserve.api.fields import Schema, Table, object_schema
 from vserve.http.exchange import Exchange, Response
 
@@ -86,7 +87,7 @@ def _operation(entry: Entry, method: str, pattern: str, strict: bool, *, first: 
     made: dict[str, object] = {
         "operationId": entry.name if first else f"{entry.name}_{words}",
         "summary": doc.help,
-        "responses": _responses(doc),
+        "responses": {**_responses(doc), **_refusals(entry, method, pattern)},
     }
     parameters = [_path_parameter(name) for name in _PARAMETER.findall(pattern)] + _query(doc.query)
     if parameters:
@@ -96,7 +97,9 @@ def _operation(entry: Entry, method: str, pattern: str, strict: bool, *, first: 
         schema: Schema = refs[0] if len(refs) == 1 else {"anyOf": list(refs)}
         required = any(row.required for body in doc.takes for row in body.rows.values()) or not doc.query
         made["requestBody"] = {"required": required, "content": {"application/json": {"schema": schema}}}
-    made["security"] = [] if entry.auth == OPEN else [{"bearer": [entry.auth]}, {"apiKey": [entry.auth]}]
+    keys: list[Schema] = [] if entry.auth == OPEN else [{"bearer": [entry.auth]}, {"apiKey": [entry.auth]}]
+    # Figures are open until a key has their scope.
+    made["security"] = [{}, *keys] if entry.auth == METRICS else keys
     return made
 
 
@@ -133,8 +136,48 @@ def _responses(doc: Doc) -> Schema:
             "description": "The same, with another verdict.",
             "content": {"application/json": {"schema": reply_schema.ref(name)}},
         }
-    made["default"] = {
-        "description": "Refused or failed; the message names the field, the value and the limit.",
-        "content": {"application/json": {"schema": reply_schema.ref(doc.error)}},
-    }
     return made
+
+
+_REASONS = {
+    "400": "The request is wrong; the message names the field, the value and the limit.",
+    "401": "No key, or one that is not known.",
+    "403": "The key is not for this.",
+    "404": "There is no such thing: a model, or what the path names.",
+    "409": "What is named is not in a state for this.",
+    "413": "The body is too large.",
+    "415": "The body's media type is not JSON.",
+    "429": "Too much at once, or the key's quota is used up; Retry-After says when to come back.",
+    "500": "The server failed; the message has the request's id.",
+    "503": "Not now: the model loads, the server drains or the engine is gone.",
+    "504": "The request's deadline passed.",
+    "default": "Refused before the request was understood: its head, its size or its slowness.",
+}
+
+
+def _refusals(entry: Entry, method: str, pattern: str) -> Schema:
+    """The errors that a route can answer with, beside those that it documents as a reply."""
+    takes_body = method == "POST" and entry.auth != OPEN
+    waits = entry.need in (Need.ROOM, Need.ENCODER_ROOM)
+    names_model = any("model" in body.rows for body in entry.doc.takes)
+    possible = {
+        "400": True,
+        "401": entry.auth != OPEN,
+        "403": entry.auth != OPEN,
+        "404": names_model or "{" in pattern,
+        "409": 409 in entry.doc.fails,
+        "413": takes_body,
+        "415": bool(entry.doc.takes) and takes_body,
+        "429": entry.auth != OPEN,
+        "500": True,
+        "503": entry.need is not Need.NOTHING or 503 in entry.doc.fails,
+        "504": waits,
+        "default": True,
+    }
+    content: Schema = {"application/json": {"schema": reply_schema.ref(entry.doc.error)}}
+    said = {str(status) for status, _ in entry.doc.also}
+    return {
+        status: {"description": _REASONS[status], "content": content}
+        for status, might in possible.items()
+        if might and status not in said
+    }
