@@ -6,6 +6,7 @@ What they print is returned or checked instead.  Those about /debug are tested w
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import numpy as np
 import openai
 import pytest
@@ -446,6 +448,28 @@ def test_the_clients_streams_say_what_it_gets_whole(unified: VllmApiClient) -> N
     assert "".join(parts) == text
     assert metrics.total_tokens == len(parts)
     assert metrics.latency_s * 1000 >= metrics.ttft_ms > 0
+
+
+def test_many_streams_at_once_with_aiohttp(both: Server) -> None:
+    body = {"messages": [{"role": "user", "content": "Name the capital of France."}], "max_tokens": 12}
+
+    async def stream(session: aiohttp.ClientSession) -> str:
+        said = []
+        sent = {**body, "temperature": 0, "stream": True}
+        async with session.post(f"{both.url}/v1/chat/completions", json=sent) as reply:
+            assert reply.status == 200
+            async for line in reply.content:
+                if line.startswith(b"data: {"):
+                    said.append(json.loads(line[6:])["choices"][0]["delta"].get("content") or "")
+        return "".join(said)
+
+    async def many() -> list[str]:
+        async with aiohttp.ClientSession() as session:
+            return await asyncio.gather(*(stream(session) for _ in range(6)))
+
+    said = asyncio.run(many())
+    assert len(set(said)) == 1
+    assert "Paris" in said[0]
 
 
 def test_a_model_that_is_not_served_is_refused_by_name(client: openai.OpenAI) -> None:
