@@ -14,6 +14,9 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY kernels kernels
 COPY vserve vserve
+# What /debug/version calls git_hash: --build-arg VSERVE_GIT_HASH=$(git rev-parse HEAD)
+ARG VSERVE_GIT_HASH=""
+RUN echo "$VSERVE_GIT_HASH" >vserve/COMMIT
 RUN python -m pip wheel --quiet --no-cache-dir --no-deps --wheel-dir /dist .
 
 FROM python:${PYTHON_VERSION}-slim AS base-cpu

@@ -75,9 +75,12 @@ bench-gpu:              ## steps and the whole server on a GPU, random weights o
 	@PYTHONPATH=. $(PYTHON) bench/serve.py $(GPU_LOAD) --concurrency 1 --vocab-size 49152 \
 	  --name smollm-135m --serve-args "bench/models/smollm-135m $(GPU_SERVE)" $(ARGS)
 
+# The commit travels in the package; VSERVE_GIT_HASH names it where there is no git.
+COMMIT = $${VSERVE_GIT_HASH:-$$(git describe --always --abbrev=40 --exclude='*' --dirty 2>/dev/null)}
+
 dist: $(VENV)/.test     ## dist/: wheel, sdist and vserve.pyz
 	@rm -rf dist build
-	@$(BIN)/python -m build --quiet
+	@trap 'rm -f vserve/COMMIT' EXIT; echo "$(COMMIT)" >vserve/COMMIT; $(BIN)/python -m build --quiet
 	@$(BIN)/python deploy/pyz.py dist/*.whl dist/vserve.pyz
 
 clean:

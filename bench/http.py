@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 # In place of this folder, not beside it: this file's own name would hide the standard library's http.
@@ -89,10 +90,10 @@ def _usage(_: Exchange) -> Response:
     return Response(200, json.dumps({"user_s": used.ru_utime, "system_s": used.ru_stime}).encode())
 
 
-async def _serve_api() -> None:
+async def _serve_api(rca: bool) -> None:
     """The whole front end over a fake engine on its own thread."""
     sys.setswitchinterval(100e-6)  # as serve.py does
-    app = App(Options(version="bench", max_queue=4096))
+    app = App(Options(version="bench", max_queue=4096, rca=rca))
     entries = table(app)
     usage = Route("GET", "/usage", _usage, "usage", auth="open")
     server = HttpServer(
@@ -148,8 +149,8 @@ async def _serve() -> None:
     await server.close(1.0)
 
 
-def _run_server(loop: str, api: bool) -> None:
-    serve = _serve_api if api else _serve
+def _run_server(loop: str, api: bool, rca: bool) -> None:
+    serve = partial(_serve_api, rca) if api else _serve
     if loop == "uvloop":
         import uvloop
 
@@ -303,6 +304,7 @@ def main() -> None:
     parser.add_argument("--echo", action="store_true", help="POST of 1 KiB to an async handler")
     parser.add_argument("--stream", action="store_true", help="SSE tokens to many streams at once")
     parser.add_argument("--api", action="store_true", help="chat requests and streamed tokens, fake engine")
+    parser.add_argument("--rca", action="store_true", help="the same with every request traced")
     parser.add_argument("--record", action="store_true", help="append the lines to bench/results/http.jsonl")
     parser.add_argument("--loop", choices=("uvloop", "asyncio"), default="uvloop")
     parser.add_argument("--connections", type=int, default=16)
@@ -311,7 +313,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2_000)
     args = parser.parse_args()
     if args.serve:
-        _run_server(args.loop, args.api)
+        _run_server(args.loop, args.api, args.rca)
         return
     if not (args.ping or args.fresh or args.echo or args.stream or args.api):
         args.ping = args.fresh = args.echo = args.stream = args.api = True
@@ -330,7 +332,8 @@ def main() -> None:
     command = [sys.executable, __file__, "--serve", "--loop", args.loop]
     _run_cases(command, cases, args)
     if args.api:
-        _run_cases([*command, "--api"], [lambda port: _api(port, args)], args)
+        traced = ["--rca"] if args.rca else []
+        _run_cases([*command, "--api", *traced], [lambda port: _api(port, args)], args)
 
 
 def _run_cases(
@@ -342,7 +345,8 @@ def _run_cases(
         port = int(server.stdout.readline())
         for case in cases:
             for numbers in case(port):
-                emit("http", {"loop": args.loop, **numbers}, record=args.record)
+                traced = {"rca": True} if args.rca and numbers["case"] in ("chat", "chat stream", "token") else {}
+                emit("http", {"loop": args.loop, **numbers, **traced}, record=args.record)
         assert server.stdin is not None
         server.stdin.close()
 

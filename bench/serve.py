@@ -17,6 +17,7 @@ import gc
 import multiprocessing
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -242,6 +243,27 @@ def ping_until(port: int, stop: Path) -> list[float]:
     return seconds
 
 
+def lag_counts(port: int) -> dict[float, float]:
+    """How many of the server's own samples of its loop's lag were at most so many seconds; {} where it has none."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as line:
+        line.sendall(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+        text = b"".join(iter(lambda: line.recv(65536), b"")).decode(errors="replace")
+    rows = re.findall(r'^vserve_event_loop_lag_seconds_bucket\{le="([^"]+)"\} (\S+)$', text, re.MULTILINE)
+    return {float(bound): float(count) for bound, count in rows}
+
+
+def lag_share(before: dict[float, float], after: dict[float, float], share: float) -> float:
+    """The seconds that so many of the samples in between do not pass, read off the buckets as Prometheus does."""
+    grown = {bound: count - before.get(bound, 0.0) for bound, count in sorted(after.items())}
+    wanted = share * max(grown.values())
+    low, under = 0.0, 0.0
+    for bound, count in grown.items():
+        if count >= wanted and count > under:
+            return low if bound == float("inf") else low + (bound - low) * (wanted - under) / (count - under)
+        low, under = bound, count
+    return low
+
+
 def resident_mib(pid: int) -> float:
     """Resident memory of a process in MiB."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
@@ -250,8 +272,8 @@ def resident_mib(pid: int) -> float:
     return 0.0
 
 
-def report(target: Target, load: Load, rounds: Sequence[Round], record: bool) -> None:
-    """Add the rounds up and emit one line."""
+def report(target: Target, load: Load, rounds: Sequence[Round], lag: dict[float, float], record: bool) -> None:
+    """Add the rounds up and emit one line.  lag: the counts of lag before them."""
     samples = [sample for part in rounds for sample in part.samples]
     numbers: dict[str, object] = {"server": target.name, "concurrency": load.concurrency}
     if load.rate is not None:
@@ -261,6 +283,10 @@ def report(target: Target, load: Load, rounds: Sequence[Round], record: bool) ->
     if pings:
         shares = {"p50": 0.5, "p99": 0.99, "max": 1.0}
         numbers |= {f"ping_ms_{name}": round(percentile(pings, share), 3) for name, share in shares.items()}
+        after = lag_counts(target.port)
+        if after:
+            shares = {"p50": 0.5, "p99": 0.99}
+            numbers |= {f"lag_ms_{name}": round(lag_share(lag, after, part) * 1e3, 2) for name, part in shares.items()}
     if target.start_s is not None:
         numbers["start_s"] = round(target.start_s, 2)
     if target.pid is not None:
@@ -294,7 +320,9 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=32000, help="ids of --input-len are below this")
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--warm-up-len", type=int, default=8, help="tokens of each answer of the warm-up round")
-    parser.add_argument("--ping", action="store_true", help="also time GET /ping under the load")
+    parser.add_argument(
+        "--ping", action="store_true", help="also time GET /ping, and read the loop's lag, under the load"
+    )
     parser.add_argument("--record", action="store_true", help="append the lines to bench/results/serve.jsonl")
     parser.add_argument("--serve-args", default="", help="more arguments for vserve serve, separated by blanks")
     args = parser.parse_args()
@@ -325,11 +353,12 @@ def main() -> None:
                 warm = args.warm_up_len
                 measure(target, replace(load, requests=concurrency, output_len=warm, rate=None, ping=False), seed=1)
             rounds: dict[str, list[Round]] = {target.name: [] for target in targets}
+            lags = {target.name: lag_counts(target.port) if args.ping else {} for target in targets}
             for turn in range(args.rounds):
                 for target in targets if turn % 2 == 0 else reversed(targets):
                     rounds[target.name].append(measure(target, load, seed=100 + turn))
             for target in targets:
-                report(target, load, rounds[target.name], args.record)
+                report(target, load, rounds[target.name], lags[target.name], args.record)
 
 
 if __name__ == "__main__":

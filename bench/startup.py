@@ -89,20 +89,20 @@ def written(model: Path) -> Iterator[tuple[Path, int]]:
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    from vserve.model import loader, source
+    from vserve.model import source, tensors
 
     config = source.resolve(str(model), environ=os.environ, need_weights=False).config
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory(prefix="bench-weights-") as name:
         folder = Path(name)
         shutil.copy(model / "config.json", folder)
-        tensors = {
+        numbers = {
             tensor: torch.randn(shape, device=device, dtype=torch.bfloat16).mul_(0.02).cpu()
-            for tensor, shape in loader.expected_shapes(config).items()
+            for tensor, shape in tensors.expected_shapes(config).items()
         }
-        save_file(tensors, folder / "model.safetensors")
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        del tensors
+        save_file(numbers, folder / "model.safetensors")
+        size = sum(tensor.nbytes for tensor in numbers.values())
+        del numbers
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         words = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
         words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

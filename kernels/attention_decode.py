@@ -1,6 +1,7 @@
 """Paged attention of one query token a sequence, its keys split over many programs (FlashDecoding).
 
     out[r, h] = sum over n < context_lens[r] of softmax_n(scale * q[r, h] . K[r, n, h // G]) V[r, n, h // G]
+    with a window W only over n >= context_lens[r] - W; with a cap C of the scores s, softmax_n(C tanh(s / C))
 
 q, out [R, Hq, E]; caches [num_blocks, block_size, Hk, E], G = Hq / Hk; key n of row r lives in block
 block_tables[r, n // block_size] at offset n % block_size.  bf16, fp16 or fp32; products accumulate in float32.
@@ -9,6 +10,8 @@ Work is cut into tasks of at most `chunk` keys of one row.  `plan_tasks` deals t
 the chunk is the step's total length over `spread`, so one long row and many short ones give programs of equal work, and
 the grid (R + spread tasks) depends on no length and fits a captured graph.  A row of length 0 (padding) has no task and
 an output of zeros.  The G query heads that share a key head are the rows of one matrix product, padded to 16.
+With a window the plan is made of min(context_lens, W), and tasks count from the first key that is seen: pages before it
+are not read.  The cap: Bello et al. 2016, arXiv:1611.09940.
 Dao et al. 2023, "Flash-Decoding for long-context inference"; Milakov, Gimelshein 2018, arXiv:1805.02867.
 """
 
@@ -25,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vserve.kernels.early import await_inputs, options
+from vserve.kernels.softcap import capped
 
 CHUNK_STEP = 64
 """A chunk is a multiple of this many keys."""
@@ -95,6 +99,7 @@ def _decode(
     sums_ptr,  # [N, Hq, E] float32: weighted values of each task
     stats_ptr,  # [N, Hq, 2] float32: largest score and sum of weights of each task
     scale,  # of the scores, log2(e) included
+    cap,  # of the scores, log2(e) included; read when CAPPED
     q_stride,
     out_stride,
     block_stride,
@@ -108,6 +113,8 @@ def _decode(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    WINDOW: tl.constexpr,  # 0: none
+    CAPPED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     await_inputs(EARLY)
@@ -119,8 +126,11 @@ def _decode(
     first = tl.load(task_starts_ptr + row)
     last = tl.load(task_starts_ptr + row + 1)
     chunk = tl.load(chunk_ptr)
+    length = tl.load(lens_ptr + row)
     begin = (task - first) * chunk
-    end = tl.minimum(begin + chunk, tl.load(lens_ptr + row))
+    if WINDOW > 0:
+        begin += tl.maximum(length - WINDOW, 0)
+    end = tl.minimum(begin + chunk, length)
     row = row.to(tl.int64)
 
     g = tl.arange(0, BLOCK_GROUP)
@@ -145,6 +155,8 @@ def _decode(
         mask = inside[:, None] & (e < WIDTH)[None, :]
         keys = tl.load(key_ptr + at, mask=mask, other=0.0)
         scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+        if CAPPED:
+            scores = capped(scores, cap)
         scores = tl.where(inside[None, :], scores, float("-inf"))
         new = tl.maximum(largest, tl.max(scores, axis=1))
         weights = tl.exp2(scores - new[:, None])
@@ -207,14 +219,20 @@ def _reduce(
     tl.store(to, (y / total).to(out_ptr.dtype.element_ty), mask=e < WIDTH)
 
 
-def plan_tasks(context_lens: Tensor, kv_heads: int, programs: int = TARGET_PROGRAMS) -> DecodePlan:
+def plan_tasks(
+    context_lens: Tensor, kv_heads: int, programs: int = TARGET_PROGRAMS, window: int | None = None
+) -> DecodePlan:
     """Cut the rows of context_lens [R] int32 (0: a row without work) into tasks for about `programs` programs.
+
+    window: most keys of a row that are seen; they are its last.
 
     The shapes of the plan depend on R alone; its values are computed on the device.
     """
     rows = context_lens.shape[0]
     spread = max(1, programs // kv_heads)
     device = context_lens.device
+    if window is not None:
+        context_lens = context_lens.clamp(max=window)
     task_rows = torch.empty(rows + spread, dtype=torch.int32, device=device)
     task_starts = torch.empty(rows + 1, dtype=torch.int32, device=device)
     chunk = torch.empty(1, dtype=torch.int32, device=device)
@@ -246,12 +264,14 @@ def decode_attention(
     plan: DecodePlan | None = None,
     out: Tensor | None = None,
     *,
+    window: int | None = None,
+    softcap: float | None = None,
     early: bool = False,
 ) -> Tensor:
     """Attention of q [R, Hq, E], one token a row, over context_lens [R] keys of block_tables [R, M] -> [R, Hq, E].
 
-    plan: from plan_tasks of the same context_lens; made here when absent.  out: written in place of a new tensor.
-    Each row of q and out is contiguous, rows may be any distance apart.
+    plan: from plan_tasks of the same context_lens and window; made here when absent.  out: written in place of a new
+    tensor.  Each row of q and out is contiguous, rows may be any distance apart.
     """
     rows, heads, width = q.shape
     block_size, kv_heads = key_cache.shape[1], key_cache.shape[2]
@@ -267,7 +287,7 @@ def decode_attention(
     if rows == 0:
         return out
     if plan is None:
-        plan = plan_tasks(context_lens, kv_heads)
+        plan = plan_tasks(context_lens, kv_heads, window=window)
     tasks = plan.task_rows.shape[0]
     sums = torch.empty((tasks, heads, width), dtype=torch.float32, device=q.device)
     stats = torch.empty((tasks, heads, 2), dtype=torch.float32, device=q.device)
@@ -286,6 +306,7 @@ def decode_attention(
         sums,
         stats,
         scale * math.log2(math.e),
+        softcap or 0.0,
         q.stride(0),
         out.stride(0),
         key_cache.stride(0),
@@ -299,6 +320,8 @@ def decode_attention(
         block_size,
         block_n,
         stages,
+        window or 0,
+        softcap is not None,
         early,
         **options(warps, early),
     )

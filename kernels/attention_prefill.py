@@ -1,6 +1,7 @@
 """Paged causal attention of chunks of query tokens over everything cached before and in each chunk.
 
     out[t, h] = sum over n <= p(t) of softmax_n(scale * q[t, h] . K[r, n, h // G]) V[r, n, h // G]
+    with a window W only over n > p(t) - W; with a cap C of the scores s, softmax_n(C tanh(s / C))
     p(t) = context_lens[r] - query_lens[r] + (t - query_starts[r]),  r the sequence of token t
 
 q, out [T, Hq, E], the tokens of R sequences one after another: rows query_starts[r] to query_starts[r + 1];
@@ -14,7 +15,6 @@ Dao 2023, "FlashAttention-2", arXiv:2307.08691; Kwon et al. 2023, "PagedAttentio
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,import-untyped"
-# ruff: noqa: SIM108
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vserve.kernels.early import await_inputs, options
+from vserve.kernels.softcap import capped
 
 LARGE = 1 << 17
 """Rows of one batch, T * Hq, from which a wider tile pays."""
@@ -44,6 +45,7 @@ class Tile(NamedTuple):
 @triton.jit
 def _step(
     start,
+    lowest,  # the first key that any row sees, read with WINDOW
     end,
     q,  # [BLOCK_M, BLOCK_WIDTH]
     last_key,  # [BLOCK_M]: the last key that each row sees
@@ -52,6 +54,7 @@ def _step(
     table,
     column,  # [BLOCK_WIDTH]
     scale,
+    cap,
     block_stride,
     slot_stride,
     largest,
@@ -62,11 +65,16 @@ def _step(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):
     n = start + tl.arange(0, BLOCK_N)
     e = tl.arange(0, BLOCK_WIDTH)
     if MASKED:
-        block = tl.load(table + n // BLOCK_SIZE, mask=n < end, other=0)
+        inside = n < end
+        if WINDOW > 0:
+            inside &= n >= lowest
+        block = tl.load(table + n // BLOCK_SIZE, mask=inside, other=0)
     else:
         block = tl.load(table + n // BLOCK_SIZE)
     # int64: block * stride passes 2**31 on a cache over 4 GiB
@@ -74,7 +82,7 @@ def _step(
     at = place[:, None] + column[None, :]
     if MASKED:
         # Slots past the end may hold NaN, and 0 * NaN is NaN: keys and values both need the mask.
-        mask = (n < end)[:, None] & (e < WIDTH)[None, :]
+        mask = inside[:, None] & (e < WIDTH)[None, :]
         keys = tl.load(key_ptr + at, mask=mask, other=0.0)
         values = tl.load(value_ptr + at, mask=mask, other=0.0)
     elif WIDTH == BLOCK_WIDTH:
@@ -84,8 +92,12 @@ def _step(
         keys = tl.load(key_ptr + at, mask=(e < WIDTH)[None, :], other=0.0)
         values = tl.load(value_ptr + at, mask=(e < WIDTH)[None, :], other=0.0)
     scores = tl.dot(q, tl.trans(keys), input_precision="ieee")
+    if CAPPED:
+        scores = capped(scores * scale, cap) / scale
     if MASKED:
         scores = tl.where(n[None, :] <= last_key[:, None], scores, float("-inf"))
+        if WINDOW > 0:
+            scores = tl.where(n[None, :] > last_key[:, None] - WINDOW, scores, float("-inf"))
     new = tl.maximum(largest, tl.max(scores, axis=1) * scale)
     weights = tl.exp2(scores * scale - new[:, None])
     shrink = tl.exp2(largest - new)
@@ -104,6 +116,7 @@ def _prefill(
     lens_ptr,  # [R] int32
     out_ptr,  # [T, Hq, E], tokens out_stride apart
     scale,  # of the scores, log2(e) included; > 0
+    cap,  # of the scores, as the model has it; read when CAPPED
     q_stride,
     out_stride,
     block_stride,
@@ -118,6 +131,8 @@ def _prefill(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    WINDOW: tl.constexpr,  # 0: none
+    CAPPED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     await_inputs(EARLY)
@@ -154,20 +169,39 @@ def _prefill(
     # Keys that every row sees need no mask.
     plain_end = (before + offset + 1) // BLOCK_N * BLOCK_N
 
-    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    # Keys before `begin` are seen by no row, those from `all_see` on by every row as far as its window goes.
+    lowest = 0
+    begin = 0
+    all_see = 0
+    if WINDOW > 0:
+        lowest = tl.maximum(before + offset + 1 - WINDOW, 0)
+        begin = lowest // BLOCK_N * BLOCK_N
+        all_see = tl.cdiv(tl.maximum(end - WINDOW, 0), BLOCK_N) * BLOCK_N
+        plain_end = tl.maximum(plain_end, begin)
+        all_see = tl.minimum(all_see, plain_end)
+        # Finite: a row may see nothing of the first keys, and -inf - -inf is NaN
+        largest = tl.full([BLOCK_M], -1e30, tl.float32)
+    else:
+        largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_WIDTH], tl.float32)
     table = tables_ptr + low.to(tl.int64) * table_stride
     column = kv_head * WIDTH + e
-    for first in tl.range(0, plain_end, BLOCK_N, num_stages=STAGES):
+    if WINDOW > 0:
+        for first in tl.range(begin, all_see, BLOCK_N, num_stages=STAGES):
+            largest, total, sums = _step(
+                first, lowest, end, q, last_key, key_ptr, value_ptr, table, column, scale, cap, block_stride,
+                slot_stride, largest, total, sums, WIDTH, BLOCK_WIDTH, BLOCK_SIZE, BLOCK_N, True, WINDOW, CAPPED,
+            )  # fmt: skip
+    for first in tl.range(all_see, plain_end, BLOCK_N, num_stages=STAGES):
         largest, total, sums = _step(
-            first, end, q, last_key, key_ptr, value_ptr, table, column, scale, block_stride, slot_stride,
-            largest, total, sums, WIDTH, BLOCK_WIDTH, BLOCK_SIZE, BLOCK_N, False,
+            first, lowest, end, q, last_key, key_ptr, value_ptr, table, column, scale, cap, block_stride, slot_stride,
+            largest, total, sums, WIDTH, BLOCK_WIDTH, BLOCK_SIZE, BLOCK_N, False, WINDOW, CAPPED,
         )  # fmt: skip
     for first in tl.range(plain_end, end, BLOCK_N, num_stages=STAGES):
         largest, total, sums = _step(
-            first, end, q, last_key, key_ptr, value_ptr, table, column, scale, block_stride, slot_stride,
-            largest, total, sums, WIDTH, BLOCK_WIDTH, BLOCK_SIZE, BLOCK_N, True,
+            first, lowest, end, q, last_key, key_ptr, value_ptr, table, column, scale, cap, block_stride, slot_stride,
+            largest, total, sums, WIDTH, BLOCK_WIDTH, BLOCK_SIZE, BLOCK_N, True, WINDOW, CAPPED,
         )  # fmt: skip
     to = out_ptr + (at_token * out_stride + head * WIDTH)[:, None] + e[None, :]
     tl.store(to, (sums / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask_q)
@@ -183,6 +217,8 @@ def prefill_attention(
     scale: float,
     out: Tensor | None = None,
     *,
+    window: int | None = None,
+    softcap: float | None = None,
     early: bool = False,
 ) -> Tensor:
     """Causal attention of q [T, Hq, E], R chunks one after another, over each sequence's pages -> [T, Hq, E].
@@ -216,6 +252,7 @@ def prefill_attention(
         context_lens,
         out,
         scale * math.log2(math.e),
+        softcap or 0.0,
         q.stride(0),
         out.stride(0),
         key_cache.stride(0),
@@ -230,6 +267,8 @@ def prefill_attention(
         shape.rows,
         shape.keys,
         shape.stages,
+        window or 0,
+        softcap is not None,
         early,
         **options(shape.warps, early),
     )

@@ -5,12 +5,13 @@ Signatures are those of reference.py.  Knows which kernel serves which shape; ea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 from torch.nn import functional
 
-from vserve.kernels import activation, dispatch, early, norm, rope
+from vserve.kernels import activation as _activation
+from vserve.kernels import dispatch, early, norm, rope
 from vserve.kernels.attention_decode import DecodePlan, decode_attention, plan_tasks
 from vserve.kernels.attention_prefill import prefill_attention
 from vserve.kernels.gemv import gated_gemv, gemv, on_vectors
@@ -20,16 +21,19 @@ from vserve.kernels.sampling import bias_and_ban, count_tokens, penalise, sample
 __all__ = [
     "DecodePlan",
     "StepPlan",
+    "activate",
+    "add_layer_norm",
     "add_rms_norm",
     "bias_and_ban",
     "count_tokens",
     "decode_attention",
+    "gated",
     "gated_gemv",
     "gemv",
+    "layer_norm",
     "linear",
     "norm_gated_linear",
     "norm_linear",
-    "norm_rope_and_write",
     "paged_attention",
     "penalise",
     "plan",
@@ -52,7 +56,9 @@ and adds 2 to 13 % at 2 to 32 rows: programs that wait take the room of those th
 class StepPlan:
     """What the layers of one step share.  The first `decodes` sequences have one token each and are the first rows.
 
-    cos, sin [T, E / 2] float32; slots [T] int64; the rest as in ops.Step.  tasks: by plan_tasks, in the first layer.
+    cos, sin [T, R * E / 2] float32: R rotations side by side; slots [T] int64; the rest as in ops.Step.
+    positions [T] of any int, negative for padding: only models with learned positions need them.
+    tasks: by plan_tasks, for each window of a layer, in the first such layer.
     """
 
     cos: Tensor
@@ -62,7 +68,8 @@ class StepPlan:
     context_lens: Tensor
     block_tables: Tensor
     decodes: int
-    tasks: DecodePlan | None = None
+    positions: Tensor | None = None
+    tasks: dict[int | None, DecodePlan] = field(default_factory=dict)
 
 
 def plan(
@@ -85,20 +92,26 @@ def plan(
     decodes = 0
     while decodes < len(query_lens) and query_lens[decodes] == 1:
         decodes += 1
-    return StepPlan(cos[positions], sin[positions], slots, query_starts, context_lens, block_tables, decodes)
+    turns = (cos[positions], sin[positions])
+    return StepPlan(*turns, slots, query_starts, context_lens, block_tables, decodes, positions)
 
 
-def rope_and_write(qkv: Tensor, pairs: Tensor, plan: object) -> Tensor:
-    """Rotate queries and keys of qkv [T, (Hq + 2 Hk) * E], write keys and values to pairs -> queries [T, Hq, E]."""
-    return norm_rope_and_write(qkv, None, None, 0.0, pairs, plan)
-
-
-def norm_rope_and_write(
-    qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, pairs: Tensor, plan: object
+def rope_and_write(
+    qkv: Tensor,
+    pairs: Tensor,
+    plan: object,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+    rotation: int = 0,
 ) -> Tensor:
-    """rope_and_write with each head of the queries and keys RMS-normalised first, by q_norm and k_norm [E]."""
+    """Rotate queries and keys of qkv [T, (Hq + 2 Hk) * E], write keys and values to pairs -> queries [T, Hq, E].
+
+    With q_norm and k_norm [E] each head is RMS-normalised first.
+    """
     assert isinstance(plan, StepPlan)
     kv_heads, width = pairs.shape[3], pairs.shape[4]
+    begin, end = rotation * (width // 2), (rotation + 1) * (width // 2)
     q, k, v = split_qkv(qkv, qkv.shape[1] // width - 2 * kv_heads, kv_heads, width)
     return rope.norm_rope_and_write(
         q,
@@ -107,8 +120,8 @@ def norm_rope_and_write(
         q_norm,
         k_norm,
         eps,
-        plan.cos,
-        plan.sin,
+        plan.cos[:, begin:end],
+        plan.sin[:, begin:end],
         pairs[:, :, 0],
         pairs[:, :, 1],
         plan.slots,
@@ -116,15 +129,26 @@ def norm_rope_and_write(
     )
 
 
-def paged_attention(q: Tensor, pairs: Tensor, plan: object, scale: float) -> Tensor:
-    """Causal attention of q [T, Hq, E] over the pages of each token's own sequence -> [T, Hq * E]."""
+def paged_attention(
+    q: Tensor,
+    pairs: Tensor,
+    plan: object,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Causal attention of q [T, Hq, E] over the pages of each token's own sequence -> [T, Hq * E].
+
+    window: a token sees so many, itself included.  softcap: scores become softcap * tanh(score / softcap).
+    """
     assert isinstance(plan, StepPlan)
     keys, values = pairs[:, :, 0], pairs[:, :, 1]
     starts, lens, tables, decodes = plan.query_starts, plan.context_lens, plan.block_tables, plan.decodes
     out = q.new_empty(q.shape)
     if decodes:
-        if plan.tasks is None:
-            plan.tasks = plan_tasks(lens[:decodes], keys.shape[2])
+        tasks = plan.tasks.get(window)
+        if tasks is None:
+            tasks = plan.tasks[window] = plan_tasks(lens[:decodes], keys.shape[2], window=window)
         decode_attention(
             q[:decodes],
             keys,
@@ -132,13 +156,25 @@ def paged_attention(q: Tensor, pairs: Tensor, plan: object, scale: float) -> Ten
             lens[:decodes],
             tables[:decodes],
             scale,
-            plan.tasks,
+            tasks,
             out[:decodes],
+            window=window,
+            softcap=softcap,
             early=_early(q),
         )
     if decodes < len(lens):
         prefill_attention(
-            q, keys, values, starts[decodes:], lens[decodes:], tables[decodes:], scale, out, early=_early(q)
+            q,
+            keys,
+            values,
+            starts[decodes:],
+            lens[decodes:],
+            tables[decodes:],
+            scale,
+            out,
+            window=window,
+            softcap=softcap,
+            early=_early(q),
         )
     return out.view(q.shape[0], -1)
 
@@ -180,9 +216,29 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return norm.add_rms_norm(x, residual, weight, eps, early=_early(x))
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x [T, D], weight and bias [D] -> [T, D] in x's dtype, computed in float32."""
+    return norm.layer_norm(x, weight, bias, eps, early=_early(x))
+
+
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(layer_norm(x + residual), x + residual) [T, D]; the sum replaces residual."""
+    return norm.add_layer_norm(x, residual, weight, bias, eps, early=_early(x))
+
+
+def gated(gate_up: Tensor, activation: str) -> Tensor:
+    """gate_up [T, 2F] -> activation(first half) * second half [T, F]."""
+    return _activation.gated(gate_up, activation, early=_early(gate_up))
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """activation(x) [T, F]."""
+    return _activation.activate(x, activation, early=_early(x))
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """gate_up [T, 2F] -> silu(first half) * second half [T, F]."""
-    return activation.silu_mul(gate_up, early=_early(gate_up))
+    return _activation.silu_mul(gate_up, early=_early(gate_up))
 
 
 def _early(x: Tensor) -> bool:

@@ -7,12 +7,13 @@ microseconds, and a decode step of a small model is made of hundreds of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 MASK_LIMIT = 1 << 22
@@ -50,18 +51,41 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Pieces:
+    """The pieces of a step, and order: where each token's row lies in their concatenated results; None: in place."""
+
+    pieces: tuple[Piece, ...]
+    order: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """What the layers of one step share.
 
-    cos [T, 1, 1, E / 2]; sin [T, 1, 2, E / 2], negated in the first half; slots [T] int64.
-    order: where each token's row lies in the concatenated results of the pieces; None when it lies in place.
+    cos [T, 1, 1, R * E / 2]; sin [T, 1, 2, R * E / 2], negated in the first half; slots [T] int64.
+    tables [R, M] int64, query_lens, contexts, block_size: as plan() had them.
+    by_window: the pieces for layers with each window, made when the first such layer asks.
     """
 
     cos: Tensor
     sin: Tensor
     slots: Tensor
-    pieces: tuple[Piece, ...]
-    order: Tensor | None
+    tables: Tensor
+    query_lens: tuple[int, ...]
+    contexts: tuple[int, ...]
+    block_size: int
+    by_window: dict[int | None, Pieces] = field(default_factory=dict)
+
+    def pieces(self, window: int | None) -> Pieces:
+        """How the step's queries attend in a layer with this window."""
+        if window is not None and max(self.contexts, default=0) <= window:
+            window = None
+        found = self.by_window.get(window)
+        if found is None:
+            found = self.by_window[window] = _pieces(
+                self.tables, self.query_lens, self.contexts, self.block_size, window
+            )
+        return found
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -90,10 +114,40 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return rms_norm(residual, weight, eps), residual
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias, in float32.  Ba et al. 2016, arXiv:1607.06450."""
+    return functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(layer_norm(x + residual), x + residual); the sum replaces residual."""
+    residual.add_(x)
+    return layer_norm(residual, weight, bias, eps), residual
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of gate_up [T, 2F], gate first -> [T, F]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return silu(gate).mul_(up)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu,
+    "relu": torch.relu,
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+}
+
+
+def gated(gate_up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up of gate_up [T, 2F], gate first -> [T, F]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return _ACTIVATIONS[activation](gate).mul_(up)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """activation(x): Hendrycks and Gimpel 2016, arXiv:1606.08415, for gelu and its approximation by tanh."""
+    return _ACTIVATIONS[activation](x)
 
 
 def plan(
@@ -108,34 +162,47 @@ def plan(
     sin: Tensor,
     block_size: int,
 ) -> Plan:
-    """The rotations, gather indices and masks of the step.
+    """The rotations of the step; its gather indices and masks are made when a layer asks.
 
-    Decoding sequences of like length are batched; each chunk goes alone.  query_starts and context_lens repeat what
-    the two tuples say, for back ends that must not read the device.
+    query_starts and context_lens repeat what the two tuples say, for back ends that must not read the device.
     """
-    tables = block_tables.to(torch.int64)  # block * block_size passes 2**31 on a cache of that many slots
-    decoding: list[tuple[int, int, int]] = []
-    pieces: list[Piece] = []
-    start = 0
-    for sequence, (queries, keys) in enumerate(zip(query_lens, context_lens_host, strict=True)):
-        if queries == 1:
-            decoding.append((keys, sequence, start))
-        elif queries:
-            pieces += _chunk(key_slots(tables[sequence], keys, block_size), start, queries)
-        start += queries
-    if len(decoding) <= ALONE_SEQUENCES and tables.device.type == "cpu":
-        found = [(entry, _run(tables[entry[1]], entry[0], block_size)) for entry in decoding]
-        pieces += [Piece((row, row + 1), run, 1) for (_, _, row), run in found if run is not None]
-        decoding = [entry for entry, run in found if run is None]
-    pieces += [_decode(batch, tables, block_size) for batch in _batches(decoding)]
     sines = sin.index_select(0, positions)
     return Plan(
         cos=cos.index_select(0, positions)[:, None, None],
         sin=torch.stack((-sines, sines), dim=1).unsqueeze(1),
         slots=slots,
-        pieces=tuple(pieces),
-        order=_order(pieces, positions.device),
+        tables=block_tables.to(torch.int64),  # block * block_size passes 2**31 on a cache of that many slots
+        query_lens=query_lens,
+        contexts=context_lens_host,
+        block_size=block_size,
     )
+
+
+def _pieces(
+    tables: Tensor, query_lens: tuple[int, ...], contexts: tuple[int, ...], block_size: int, window: int | None
+) -> Pieces:
+    """Decoding sequences of like length are batched; each chunk goes alone."""
+    decoding: list[tuple[int, int, int]] = []
+    pieces: list[Piece] = []
+    start = 0
+    for sequence, (queries, keys) in enumerate(zip(query_lens, contexts, strict=True)):
+        if queries == 1:
+            decoding.append((keys, sequence, start))
+        elif queries:
+            pieces += _chunk(tables[sequence], keys, block_size, start, queries, window)
+        start += queries
+    if window is not None:
+        pieces += [
+            _decode_windowed(batch, contexts, tables, block_size, window)
+            for batch in _batches([(min(keys, window), sequence, row) for keys, sequence, row in decoding])
+        ]
+        return Pieces(tuple(pieces), _order(pieces, tables.device))
+    if len(decoding) <= ALONE_SEQUENCES and tables.device.type == "cpu":
+        found = [(entry, _run(tables[entry[1]], entry[0], block_size)) for entry in decoding]
+        pieces += [Piece((row, row + 1), run, 1) for (_, _, row), run in found if run is not None]
+        decoding = [entry for entry, run in found if run is None]
+    pieces += [_decode(batch, tables, block_size) for batch in _batches(decoding)]
+    return Pieces(tuple(pieces), _order(pieces, tables.device))
 
 
 def key_slots(table: Tensor, keys: int, block_size: int) -> Tensor:
@@ -152,18 +219,42 @@ def _run(table: Tensor, keys: int, block_size: int) -> tuple[int, int] | None:
     return (start, start + keys) if blocks == list(range(blocks[0], blocks[0] + len(blocks))) else None
 
 
-def _chunk(slots: Tensor, start: int, queries: int) -> Iterator[Piece]:
-    """Pieces of one sequence's chunk, whose keys have slots; the chunk's tokens are rows start and on."""
-    keys = slots.shape[0]
-    if queries == keys:
+def _chunk(table: Tensor, keys: int, block_size: int, start: int, queries: int, window: int | None) -> Iterator[Piece]:
+    """Pieces of one sequence's chunk, which has so many keys; the chunk's tokens are rows start and on."""
+    slots = key_slots(table, keys, block_size)
+    if queries == keys and (window is None or keys <= window):
         yield Piece((start, start + queries), slots, 1, causal=True)
         return
-    run = max(1, MASK_LIMIT // keys)
+    run = max(1, MASK_LIMIT // (keys if window is None else min(keys, window + queries)))
     for first in range(0, queries, run):
         last = min(queries, first + run)
         seen = keys - queries + last
-        mask = slots.new_full((last - first, seen), -torch.inf, dtype=torch.float32)
-        yield Piece((start + first, start + last), slots[:seen], 1, mask.triu_(seen - (last - first) + 1))
+        begin = 0 if window is None else max(0, seen - (last - first) + 1 - window)
+        mask = slots.new_full((last - first, seen - begin), -torch.inf, dtype=torch.float32)
+        own = seen - begin - (last - first)  # the key of the run's first token; row i sees up to own + i
+        unseen = mask.triu(own + 1)
+        if window is not None:
+            unseen += mask.tril_(own - window)
+        yield Piece((start + first, start + last), slots[begin:seen], 1, unseen)
+
+
+def _decode_windowed(
+    batch: list[tuple[int, int, int]], contexts: tuple[int, ...], tables: Tensor, block_size: int, window: int
+) -> Piece:
+    """One query a sequence over its last `window` keys; batch: (keys seen, sequence, row)."""
+    device = tables.device
+    longest = max(keys for keys, _, _ in batch)
+    sequences = torch.tensor([sequence for _, sequence, _ in batch], device=device)
+    seen = torch.tensor([keys for keys, _, _ in batch], device=device).unsqueeze(1)
+    ends = torch.tensor([contexts[sequence] for _, sequence, _ in batch], device=device).unsqueeze(1)
+    place = torch.arange(longest, device=device)
+    unseen = place >= seen
+    keys = torch.where(unseen, ends - 1, ends - seen + place)
+    slots = tables[sequences].gather(1, keys // block_size) * block_size + keys % block_size
+    mask = None
+    if bool(unseen.any()):
+        mask = torch.zeros(unseen.shape, device=device).masked_fill_(unseen, -torch.inf)[:, None, None]
+    return Piece(_place([row for _, _, row in batch], device), slots.reshape(-1), len(batch), mask)
 
 
 def _batches(decoding: list[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
@@ -193,9 +284,13 @@ def _decode(batch: list[tuple[int, int, int]], tables: Tensor, block_size: int) 
         unseen = torch.arange(longest, device=device) >= torch.tensor(contexts, device=device).unsqueeze(1)
         slots = torch.where(unseen, slots[:, :1], slots)
         mask = torch.zeros(unseen.shape, device=device).masked_fill_(unseen, -torch.inf)[:, None, None]
+    return Piece(_place(rows, device), slots.reshape(-1), len(batch), mask)
+
+
+def _place(rows: list[int], device: torch.device) -> tuple[int, int] | Tensor:
+    """See Piece.rows."""
     in_place = rows[-1] - rows[0] == len(rows) - 1
-    place = (rows[0], rows[-1] + 1) if in_place else torch.tensor(rows, device=device)
-    return Piece(place, slots.reshape(-1), len(batch), mask)
+    return (rows[0], rows[-1] + 1) if in_place else torch.tensor(rows, device=device)
 
 
 def _order(pieces: list[Piece], device: torch.device) -> Tensor | None:
@@ -208,39 +303,62 @@ def _order(pieces: list[Piece], device: torch.device) -> Tensor | None:
     return torch.tensor(rows, device=device).argsort()
 
 
-def rope_and_write(qkv: Tensor, pairs: Tensor, plan: object) -> Tensor:
+def rope_and_write(
+    qkv: Tensor,
+    pairs: Tensor,
+    plan: object,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+    rotation: int = 0,
+) -> Tensor:
     """Rotate the queries and keys of qkv [T, (Hq + 2 Hk) * E] in place; write keys and values to their slots of pairs.
 
     y = x * cos + (-x_high, x_low) * sin in float32: Su et al. 2021, arXiv:2104.09864, in the layout of two halves.
-    Returns the queries [T, Hq, E], a view of qkv.
+    With norms [E] each head is RMS-normalised first.  Returns the queries [T, Hq, E], a view of qkv.
     """
     assert isinstance(plan, Plan)
     tokens, width = qkv.shape
     kv_heads, head_dim = pairs.shape[3:]
     keys_at = width - 2 * kv_heads * head_dim
     values_at = width - kv_heads * head_dim
-    turning = qkv[:, :values_at].view(tokens, -1, 2, head_dim // 2)
+    if q_norm is not None and k_norm is not None:
+        for norm, begin, end in ((q_norm, 0, keys_at), (k_norm, keys_at, values_at)):
+            heads = qkv[:, begin:end]
+            heads.copy_(rms_norm(heads.reshape(-1, head_dim), norm, eps).view(tokens, -1))
+    cos, sin, half = plan.cos, plan.sin, head_dim // 2
+    if cos.shape[-1] != half:
+        cos, sin = (table.narrow(-1, rotation * half, half) for table in (cos, sin))
+    turning = qkv[:, :values_at].view(tokens, -1, 2, half)
     if qkv.dtype == torch.float32:
         swapped = turning.flip(2)
-        turning.mul_(plan.cos).addcmul_(swapped, plan.sin)
+        turning.mul_(cos).addcmul_(swapped, sin)
     else:
         wide = turning.to(torch.float32)
-        turning.copy_(wide * plan.cos + wide.flip(2) * plan.sin)
+        turning.copy_(wide * cos + wide.flip(2) * sin)
     pairs.view(-1, 2 * kv_heads * head_dim).index_copy_(0, plan.slots, qkv[:, keys_at:])
     return qkv[:, :keys_at].view(tokens, -1, head_dim)
 
 
-def paged_attention(q: Tensor, pairs: Tensor, plan: object, scale: float) -> Tensor:
-    """softmax(q k / sqrt(E)) v of q [T, Hq, E] over the keys at or before it in its sequence -> [T, Hq * E]."""
+def paged_attention(
+    q: Tensor,
+    pairs: Tensor,
+    plan: object,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """softmax(scale q k) v of q [T, Hq, E] over the last `window` keys up to each token's own -> [T, Hq * E]."""
     assert isinstance(plan, Plan)
-    parts = [_attend(q, pairs, piece, scale) for piece in plan.pieces]
-    if len(parts) == 1 and plan.order is None:
+    made = plan.pieces(window)
+    parts = [_attend(q, pairs, piece, scale, softcap) for piece in made.pieces]
+    if len(parts) == 1 and made.order is None:
         return parts[0]
     joined = torch.cat(parts) if parts else q.new_empty((0, q.shape[1] * q.shape[2]))
-    return joined if plan.order is None else joined.index_select(0, plan.order)
+    return joined if made.order is None else joined.index_select(0, made.order)
 
 
-def _attend(q: Tensor, pairs: Tensor, piece: Piece, scale: float) -> Tensor:
+def _attend(q: Tensor, pairs: Tensor, piece: Piece, scale: float, softcap: float | None) -> Tensor:
     kv_heads, head_dim = pairs.shape[3:]
     if isinstance(piece.rows, Tensor):
         q = q.index_select(0, piece.rows)
@@ -252,8 +370,11 @@ def _attend(q: Tensor, pairs: Tensor, piece: Piece, scale: float) -> Tensor:
     else:
         slots = pairs.view(-1, 2, kv_heads, head_dim)[piece.slots[0] : piece.slots[1]]
     key, value = slots.view(piece.sequences, -1, 2, kv_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    query = q.view(piece.sequences, -1, heads, head_dim).transpose(1, 2)
+    if softcap is not None:
+        return _capped(query, key, value, piece, scale, softcap).transpose(1, 2).reshape(rows, heads * head_dim)
     out = scaled_dot_product_attention(
-        q.view(piece.sequences, -1, heads, head_dim).transpose(1, 2),
+        query,
         key,
         value,
         attn_mask=piece.mask if piece.mask is None or q.dtype == torch.float32 else piece.mask.to(q.dtype),
@@ -262,3 +383,16 @@ def _attend(q: Tensor, pairs: Tensor, piece: Piece, scale: float) -> Tensor:
         enable_gqa=heads != kv_heads,
     )
     return out.transpose(1, 2).reshape(rows, heads * head_dim)
+
+
+def _capped(query: Tensor, key: Tensor, value: Tensor, piece: Piece, scale: float, softcap: float) -> Tensor:
+    """Attention whose scores are softcap * tanh(score / softcap), which torch's own cannot do; arXiv:2408.00118."""
+    group = query.shape[1] // key.shape[1]
+    if group > 1:
+        key, value = (heads.repeat_interleave(group, dim=1) for heads in (key, value))
+    scores = torch.matmul(query, key.transpose(2, 3)).to(torch.float32).mul_(scale / softcap).tanh_().mul_(softcap)
+    if piece.causal:
+        scores += torch.full(scores.shape[-2:], -torch.inf, device=scores.device).triu_(1)
+    elif piece.mask is not None:
+        scores += piece.mask
+    return torch.matmul(scores.softmax(dim=-1).to(value.dtype), value)

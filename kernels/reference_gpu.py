@@ -75,6 +75,9 @@ def prefill_attention(
     context_lens: Tensor,
     block_tables: Tensor,
     scale: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Causal attention of each sequence's last tokens over its pages; rows of no sequence are zeros."""
     out = torch.zeros_like(q)
@@ -89,20 +92,45 @@ def prefill_attention(
         keys = key_cache[blocks, n % size].to(q.dtype).repeat_interleave(group, dim=1)
         values = value_cache[blocks, n % size].to(q.dtype).repeat_interleave(group, dim=1)
         scores = torch.einsum("thd,nhd->htn", q[first:last], keys) * scale
+        if softcap is not None:
+            scores = (scores / softcap).tanh() * softcap
         seen = context - (last - first) + torch.arange(last - first, device=q.device)
         scores = scores.masked_fill(n[None, None, :] > seen[None, :, None], float("-inf"))
+        if window is not None:
+            scores = scores.masked_fill(n[None, None, :] <= seen[None, :, None] - window, float("-inf"))
         out[first:last] = torch.einsum("htn,nhd->thd", scores.softmax(dim=2), values)
     return out
 
 
 def decode_attention(
-    q: Tensor, key_cache: Tensor, value_cache: Tensor, context_lens: Tensor, block_tables: Tensor, scale: float
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    scale: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """One token a row; zeros for a row of length 0."""
     starts = torch.zeros(len(context_lens) + 1, dtype=torch.int32, device=q.device)
     starts[1:] = torch.arange(1, len(context_lens) + 1)
-    out = prefill_attention(q, key_cache, value_cache, starts, context_lens.clamp(min=1), block_tables, scale)
+    lens = context_lens.clamp(min=1)
+    out = prefill_attention(
+        q, key_cache, value_cache, starts, lens, block_tables, scale, window=window, softcap=softcap
+    )
     return torch.where((context_lens > 0)[:, None, None], out, 0.0)
+
+
+def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The sum over the experts chosen [T, k] of weights [T, k] * down[e] (silu(gate) * up), for x [T, D] -> [T, D]."""
+    out = torch.zeros_like(x)
+    for token in range(x.shape[0]):
+        for expert, weight in zip(chosen[token].tolist(), weights[token], strict=True):
+            gate, up = (gate_up[expert] @ x[token]).chunk(2)
+            out[token] += weight * (down[expert] @ (functional.silu(gate) * up))
+    return out
 
 
 def uniforms(seed: int, counter: int, num_tokens: int) -> Tensor:

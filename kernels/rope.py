@@ -6,7 +6,8 @@ keys and values to their pages: one kernel.
     y[i + E/2]   = n[i + E/2] * cos[t, i] + n[i] * sin[t, i]
 
 q [T, Hq, E], k and v [T, Hk, E]: views of one stacked projection or tensors of their own, bf16, fp16 or fp32;
-cos, sin [T, E/2] float32, of each token's position; caches [num_blocks, block_size, Hk, E]; slots [T] int64.
+cos, sin [T, E/2] float32, of each token's position, which may be views of wider tables;
+caches [num_blocks, block_size, Hk, E]; slots [T] int64.
 A token of slot -1 (padding of a captured batch) writes nothing to the cache.
 Su et al. 2021, "RoFormer", arXiv:2104.09864; the head norm: Henry et al. 2020, arXiv:2010.04245.
 """
@@ -44,8 +45,8 @@ def _rope_and_write(
     v_ptr,  # [T, Hk, E], tokens v_stride apart
     q_norm_ptr,  # [E]
     k_norm_ptr,  # [E]
-    cos_ptr,  # [T, E / 2]
-    sin_ptr,  # [T, E / 2]
+    cos_ptr,  # [T, E / 2], tokens table_stride apart
+    sin_ptr,  # the same strides
     slots_ptr,  # [T]
     out_ptr,  # [T, Hq, E] contiguous
     key_cache_ptr,  # [num_blocks, block_size, Hk, E], blocks block_stride apart, tokens of a block slot_stride
@@ -53,6 +54,7 @@ def _rope_and_write(
     q_stride,
     k_stride,
     v_stride,
+    table_stride,
     block_stride,
     slot_stride,
     eps,
@@ -71,8 +73,8 @@ def _rope_and_write(
     part = tl.program_id(1)
     i = tl.arange(0, BLOCK_HALF)
     inside = i < HALF
-    cos = tl.load(cos_ptr + token * HALF + i, mask=inside, other=0.0)[None, :]
-    sin = tl.load(sin_ptr + token * HALF + i, mask=inside, other=0.0)[None, :]
+    cos = tl.load(cos_ptr + token * table_stride + i, mask=inside, other=0.0)[None, :]
+    sin = tl.load(sin_ptr + token * table_stride + i, mask=inside, other=0.0)[None, :]
     if part < Q_PARTS:
         head = part * HEADS + tl.arange(0, HEADS)
         mask = (head < Q_HEADS)[:, None] & inside[None, :]
@@ -147,8 +149,9 @@ def norm_rope_and_write(
         assert tensor.stride(1) == width
     assert key_cache.stride() == value_cache.stride()
     assert key_cache.stride()[2:] == (width, 1)
-    assert cos.is_contiguous()
-    assert sin.is_contiguous()
+    assert cos.stride() == sin.stride()
+    assert cos.stride(1) == 1
+    assert cos.shape[1] == half
     out = torch.empty((tokens, q_heads, width), dtype=q.dtype, device=q.device)
     if tokens == 0:
         return out
@@ -170,6 +173,7 @@ def norm_rope_and_write(
         q.stride(0),
         k.stride(0),
         v.stride(0),
+        cos.stride(0),
         key_cache.stride(0),
         key_cache.stride(1),
         eps,

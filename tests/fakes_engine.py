@@ -149,24 +149,31 @@ class FakeEngine:
             if live.count >= request.max_tokens:
                 return self._end(live, tuple(ids), FinishReason.LENGTH, None, now)
         self._generated += len(ids)
-        scores = _scores(request) if live.count == len(ids) else None
+        first = live.count == len(ids)
         return Emit(
             request.id,
             tuple(ids),
             logprobs=_logprobs(request, ids),
             cached_tokens=_cached(request),
-            prompt_logprobs=scores,
+            timing=self._timing(live, now) if first else None,
+            prompt_logprobs=_scores(request) if first else None,
         )
 
     def _end(self, live: _Live, ids: tuple[int, ...], finish: FinishReason, stop_id: int | None, now: float) -> Emit:
         request = live.request
         del self._live[request.id]
         self._finished += 1
-        timing = Timing(request.arrival_s, live.scheduled_s, live.first_s or now, now)
+        timing = self._timing(live, now)
         scores = _scores(request) if live.count == len(ids) else None
         return Emit(
             request.id, ids, finish, stop_id, _logprobs(request, ids), _cached(request), timing, prompt_logprobs=scores
         )
+
+    def _timing(self, live: _Live, now: float) -> Timing:
+        """As the engine has it: one chunk takes the whole prompt."""
+        request = live.request
+        chunks = ((self._steps + 1, live.scheduled_s, 0, len(request.prompt)),) if request.traced else ()
+        return Timing(request.arrival_s, live.scheduled_s, live.first_s or now, now, chunks=chunks)
 
     def _stats(self) -> EngineStats:
         return EngineStats(

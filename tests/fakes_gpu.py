@@ -18,7 +18,7 @@ from vserve.kernels import reference
 from vserve.model.config import ModelConfig
 from vserve.model.decoder import Decoder
 from vserve.model.gpu_decoder import GpuDecoder
-from vserve.model.layers import Block, DenseEmbedding
+from vserve.model.layers import Block, DenseEmbedding, Mlp, Norm
 from vserve.model.linear import PlainLinear
 
 VOCAB = 97
@@ -60,16 +60,15 @@ class Parts:
         queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
         self.config = model
         self.embedding = DenseEmbedding(drawn(VOCAB, width), dtype)
-        self.norm = 1 + drawn(width)
+        self.norm = Norm(1 + drawn(width))
         self.head = PlainLinear(drawn(VOCAB, width))
         self.blocks = [
             Block(
-                attention_norm=1 + drawn(width),
+                attention_norm=Norm(1 + drawn(width)),
                 qkv=PlainLinear(drawn(queries + 2 * keys, width)),
                 output=PlainLinear(drawn(width, queries)),
-                mlp_norm=1 + drawn(width),
-                gate_up=PlainLinear(drawn(2 * inner, width)),
-                down=PlainLinear(drawn(width, inner)),
+                mlp_norm=Norm(1 + drawn(width)),
+                mlp=Mlp(PlainLinear(drawn(2 * inner, width)), PlainLinear(drawn(width, inner))),
             )
             for _ in range(model.num_layers)
         ]

@@ -2,7 +2,7 @@
 # The programs of other people that tests run against: installed from Debian's packages where they are missing.
 set -eu
 missing=""
-for pair in nginx:nginx-light prometheus:prometheus promtool:prometheus chromium:chromium curl:curl node:nodejs npm:npm; do
+for pair in cc:gcc cc:libc6-dev nginx:nginx-light prometheus:prometheus promtool:prometheus chromium:chromium curl:curl node:nodejs npm:npm; do
   command -v "${pair%%:*}" >/dev/null 2>&1 || [ -x "/usr/sbin/${pair%%:*}" ] || missing="$missing ${pair#*:}"
 done
 [ -n "$missing" ] || exit 0

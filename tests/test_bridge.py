@@ -322,3 +322,64 @@ def test_the_engines_death_meters_open_and_cancelled_sequences_once(both: Both) 
     assert [end.reason for end in both.meter.ends] == [FinishReason.STOP, FinishReason.ERROR, FinishReason.CANCELLED]
     both.bridge.cancel(third)
     assert len(both.meter.ends) == 3
+
+
+class Follower:
+    """A bridge's Tracer that remembers."""
+
+    def __init__(self) -> None:
+        self.sinks: dict[RequestId, tuple[float, Sink]] = {}
+        self.ends: list[tuple[RequestId, Ended]] = []
+
+    def sink(self, request: GenRequest, sink: object, queued_s: float) -> Sink:
+        taking = Sink()
+        self.sinks[request.id] = (queued_s, taking)
+        return taking
+
+    def ended(self, request_id: RequestId, end: Ended) -> None:
+        self.ends.append((request_id, end))
+
+
+@pytest.mark.parametrize("how", ["finish", "cancel", "death"])
+def test_a_traced_sequence_is_followed_from_its_submission_to_its_one_end_and_no_other_is(how: str) -> None:
+    both = Both(1)
+    follower = both.bridge.tracer = Follower()
+    (plain,) = both.sinks
+    both.now_s = 3.0
+    name = both.bridge.next_id()
+    both.bridge.submit(GenRequest(name, [1], 100, traced=True), Sink())
+    other = both.bridge.next_id()
+    both.bridge.submit(GenRequest(other, [1], 100), Sink())
+    assert list(follower.sinks) == [name]
+    queued_s, taking = follower.sinks[name]
+    both.bridge.publish([Emit(plain, (1,)), Emit(name, (2,)), Emit(other, (3,))], EngineStats())
+    both.turn()
+    assert (queued_s, taking.ids) == (3.0, [2])
+    if how == "cancel":
+        both.bridge.cancel(name)
+        assert follower.ends == []  # until the engine's last word
+    if how == "death":
+        both.bridge.died(EngineDied("gone"))
+    else:
+        both.bridge.publish(
+            [Emit(name, finish=FinishReason.LENGTH), Emit(other, finish=FinishReason.STOP)], EngineStats()
+        )
+    both.turn()
+    reason = {"finish": FinishReason.LENGTH, "cancel": FinishReason.CANCELLED, "death": FinishReason.ERROR}[how]
+    assert [(id, end.reason) for id, end in follower.ends] == [(name, reason)]
+    both.close()
+
+
+def test_a_refused_request_is_not_followed() -> None:
+    both = Both(2, limit=2)
+    follower = both.bridge.tracer = Follower()
+    with pytest.raises(RateLimited):
+        both.bridge.submit(GenRequest(both.bridge.next_id(), [1], 1, traced=True), Sink())
+    assert (follower.sinks, follower.ends) == ({}, [])
+    both.close()
+
+
+def test_the_times_of_the_first_token_outlast_a_merge() -> None:
+    name, first, last = RequestId(1), Timing(0, 1, 2, 2), Timing(0, 1, 2, 9)
+    assert merge([Emit(name, (1,), timing=first), Emit(name, (2,))]).timing is first
+    assert merge([Emit(name, (1,), timing=first), Emit(name, (2,), FinishReason.STOP, timing=last)]).timing is last

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.certificates import certificate
 from vserve.api.access import Keys
-from vserve.edge import Edge, limits, root_path
-from vserve.errors import StartupError, Unauthorized
+from vserve.edge import Edge, flow, limits, root_path
+from vserve.errors import StartupError, Unauthorized, Unavailable
 from vserve.http.limits import Limits
 from vserve.settings import parse
 
@@ -130,3 +131,77 @@ def test_keys_and_certificate_are_reloaded_each_on_its_own(tmp_path: Path, caplo
     edge.reload()
     assert [line.split(":")[0] for line in lines(caplog)] == ["reloaded 1 API keys", "the certificate stays as it was"]
     assert edge.ssl_context is context
+
+
+ISSUER = ("--oauth2-issuer", "https://sso.example", "--oauth2-audience", "vserve")
+
+
+def test_an_issuer_is_asked_only_once_the_server_runs_and_its_tokens_are_then_trusted() -> None:
+    keys = Keys()
+    assert not keys.guards("infer")
+    edge = made(*ISSUER, keys=keys)
+    assert keys.guards("infer")
+    assert not keys.guards("metrics")
+    with pytest.raises(Unavailable):
+        keys.check("Bearer a.b.c", "infer")
+    edge.stop()
+    other = Keys()
+    made(*ISSUER, "--oauth2-scopes", "read=infer,watch=metrics", keys=other).stop()
+    assert other.guards("metrics")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (ISSUER[:2], "--oauth2-issuer needs --oauth2-audience"),
+        (ISSUER[2:], "--oauth2-audience needs --oauth2-issuer"),
+        (("--oauth2-jwks-url", "https://sso.example/jwks"), "--oauth2-jwks-url needs --oauth2-issuer"),
+        (("--oauth2-issuer", "http://sso.example", *ISSUER[2:]), "--oauth2-issuer: 'http://sso.example' is not"),
+        ((*ISSUER, "--oauth2-jwks-url", "file:///etc/passwd"), "--oauth2-jwks-url: 'file:///etc/passwd' is not"),
+        ((*ISSUER, "--oauth2-scopes", "read=root"), "--oauth2-scopes: 'read=root' is not"),
+    ],
+)
+def test_flags_that_make_no_issuer_end_the_start(flags: tuple[str, ...], said: str) -> None:
+    with pytest.raises(StartupError) as caught:
+        made(*flags)
+    assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ("--oauth2-token-url", "https://sso.example/t"),
+            "--oauth2-authorization-url and --oauth2-token-url go together",
+        ),
+        (
+            ("--oauth2-authorization-url", "https://a.example", "--oauth2-token-url", "https://a.example"),
+            "--oauth2-authorization-url needs --oauth2-issuer",
+        ),
+        (
+            (*ISSUER, "--oauth2-authorization-url", "javascript:x", "--oauth2-token-url", "https://a.example"),
+            "--oauth2-authorization-url: 'javascript:x' is not",
+        ),
+    ],
+)
+def test_flags_that_make_no_flow_end_the_start(flags: tuple[str, ...], said: str) -> None:
+    with pytest.raises(StartupError) as caught:
+        flow(parse(flags, {}))
+    assert str(caught.value).startswith(said)
+
+
+def test_the_flow_is_what_the_flags_say() -> None:
+    assert flow(parse(ISSUER, {})) is None
+    urls = ("--oauth2-authorization-url", "https://a.example/a", "--oauth2-token-url", "https://a.example/t")
+    found = flow(parse((*ISSUER, *urls), {}))
+    assert found is not None
+    assert (found.authorization_url, found.token_url) == ("https://a.example/a", "https://a.example/t")
+    assert found.grants.opens.keys() == {"infer", "admin"}
+
+
+def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("jwt", "vserve.oauth.issuer", "vserve.oauth.tokens"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "jwt", None)
+    with pytest.raises(StartupError, match=r"pip install 'vserve\[oauth\]'"):
+        made(*ISSUER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +21,8 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "config": (frozenset({"errors"}), frozenset()),
     "familiar": (frozenset({"errors"}), frozenset()),
     "settings": (frozenset({"config", "errors", "familiar"}), frozenset()),
+    "sizing": (frozenset({"errors", "engine.policy", "engine.device", "model"}), frozenset()),
+    "plan": (frozenset({"config", "errors", "model", "settings", "sizing", ""}), frozenset()),
     "client": (frozenset({"errors"}), frozenset()),
     "http": (frozenset({"errors"}), frozenset()),
     "text": (frozenset({"errors"}), frozenset({"tokenizers", "jinja2", "markupsafe", "llguidance"})),
@@ -30,19 +33,35 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
         frozenset({"errors", "engine.policy", "model", "kernels", "observe"}),
         frozenset({"torch", "numpy"}),
     ),
-    "observe": (frozenset({"errors"}), frozenset({"prometheus_client"})),
+    "observe": (frozenset({"errors"}), frozenset({"prometheus_client", "opentelemetry"})),
+    "build": (frozenset(), frozenset()),
     "scale": (frozenset({"errors"}), frozenset()),
     "bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
     "encoder_bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
     "store": (frozenset({"errors"}), frozenset()),
+    "oauth.grants": (frozenset({"errors"}), frozenset()),
+    "oauth": (frozenset({"errors", "oauth.grants"}), frozenset({"jwt", "cryptography"})),
     "api": (
         frozenset(
-            {"http", "text", "bridge", "encoder_bridge", "engine.policy", "errors", "observe", "scale", "store", ""}
+            {
+                "build",
+                "http",
+                "text",
+                "bridge",
+                "encoder_bridge",
+                "engine.policy",
+                "errors",
+                "oauth.grants",
+                "observe",
+                "scale",
+                "store",
+                "",
+            }
         ),
         frozenset({"orjson"}),
     ),
 }
-NO_ASYNCIO = frozenset({"text", "kernels", "model", "engine.policy", "engine.device"})
+NO_ASYNCIO = frozenset({"text", "kernels", "model", "engine.policy", "engine.device", "oauth", "oauth.grants"})
 
 
 def layer(parts: tuple[str, ...]) -> str:
@@ -51,6 +70,8 @@ def layer(parts: tuple[str, ...]) -> str:
         return ""
     if parts[1] == "engine":
         return "engine.policy" if len(parts) < 3 or parts[2] in POLICY else "engine.device"
+    if parts[1] == "oauth":
+        return "oauth.grants" if parts[2:] == ("grants",) else "oauth"
     return parts[1]
 
 
@@ -108,3 +129,14 @@ def test_modules_that_start_the_command_line_do_not_import_torch() -> None:
         for node in top:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
             assert not any(part.split(".")[0] in ("torch", "numpy", "uvloop") for part in names), f"{name}.py: {names}"
+
+
+HEAVY = ("torch", "numpy", "transformers", "tokenizers", "safetensors", "uvloop", "jinja2")
+
+
+@pytest.mark.parametrize("name", ["vserve.cli", "vserve.settings", "vserve.plan", "vserve.client.health"])
+def test_a_command_without_a_model_loads_nothing_heavy(name: str) -> None:
+    """What is imported on the way counts too, which no single file shows."""
+    code = f"import sys, {name}; print(*(name for name in {HEAVY!r} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == []

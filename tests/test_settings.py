@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def test_every_setting_is_shown_and_no_key_is(capsys: pytest.CaptureFixture[str]
     shown = capsys.readouterr().out
     assert "hunter2" not in shown
     assert "# api-key = (hidden)" in shown
-    assert len(re.findall(r"^(?:# )?[a-z-]+ =", shown, re.MULTILINE)) == len(flags())
+    assert len(re.findall(r"^(?:# )?[a-z0-9-]+ =", shown, re.MULTILINE)) == len(flags())
 
 
 def test_vllms_list_form_is_taken() -> None:
@@ -146,3 +147,14 @@ def test_the_notes_go_to_stderr(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[0] == (
         "vserve: --trust-remote-code has no effect: code from a model's folder is never run"
     )
+
+
+def test_the_settings_that_are_shown_have_every_flag_and_no_secret() -> None:
+    config = settings.read(["--api-key", "sk-one", "--api-key", "sk-two", "--enable-rca", "--port", "1234"], {}).config
+    shown = settings.public(config)
+    assert shown.keys() == flags().keys()
+    assert (shown["api_key"], shown["enable_rca"], shown["port"]) == ("(2 hidden)", True, 1234)
+    assert "sk-" not in json.dumps(shown)
+    assert settings.public(Config())["api_key"] == ()
+    secret = [name for name, (_, flag) in flags().items() if flag.secret]
+    assert secret  # what a flag marks is what is hidden

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +23,8 @@ from vserve.engine.request import Emit, EngineStats, GenRequest, RequestId, Samp
 from vserve.engine.runner import Runner
 from vserve.engine.scheduler import Limits, Scheduler
 from vserve.engine.shapes import MIXED_SIZES
-from vserve.errors import EngineDied, StartupError
+from vserve.errors import EngineDied, StartupError, shorten
+from vserve.model import hub
 from vserve.model.decoder import Decoder
 from vserve.model.loader import load
 from vserve.model.memory import CachePlan, gib, host_budget, host_memory, plan_cache
@@ -30,9 +32,10 @@ from vserve.model.source import ModelSource, SourceKind, resolve
 from vserve.model.threads import Sharing
 from vserve.observe.heartbeat import Heartbeat
 from vserve.observe.progress import Reporter
+from vserve.sizing import SIZES, Plan, Reserve, cache_budget, element_type, reserve, weight_bytes
 from vserve.text import gguf_vocab
 from vserve.text.grammar import Grammars, why_none
-from vserve.text.template import ChatTemplate, find_templates
+from vserve.text.template import ChatTemplate, find_templates, read_template
 from vserve.text.tokenizer import Tokenizer, eos_ids_in, has_tokenizer
 
 if TYPE_CHECKING:  # its kernels need Triton, which torch for CPUs comes without
@@ -42,15 +45,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 WARM_UP_TOKENS = 32
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """Defaults of a device for the flags that were not given."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-
-
-SIZES = {"cpu": Sizes(32, 512), "cuda": Sizes(256, 8192)}
 PREFILL_TARGET = 512
 """About where products of a GPU stop being bound by reading the weights."""
 CPU_CHUNK = 128
@@ -69,6 +63,8 @@ class Engine:
     plan: CachePlan
     device: torch.device
     grammars: Grammars | None
+    memory: tuple[str, ...]
+    """Where the memory goes, for people: as vserve plan says it, and on a GPU what was measured."""
 
     @property
     def gpu_uuid(self) -> str | None:
@@ -95,10 +91,12 @@ def assemble(
     reporter.begin("finding the model")
     source = resolve(
         config.model,
-        environ=os.environ,
+        environ=hub.environ_with(os.environ, config.download_dir, config.hf_token),
+        revision=config.revision,
         need_weights=config.load_format != "dummy",
         progress=lambda done, total: reporter.update(done, total),
     )
+    source = replace(source, config=source.config.limited(config.max_model_len))
     dtype = _dtype(config, source, device)
     with ThreadPoolExecutor(2, thread_name_prefix="beside") as beside:
         words = beside.submit(_words, config, source)
@@ -111,6 +109,7 @@ def assemble(
                 dtype=dtype,
                 load_format=config.load_format,
                 seed=config.seed,
+                allow_nan=config.allow_nan_weights,
                 progress=reporter.update,
             )
         tokenizer, template, grammars = words.result()
@@ -120,9 +119,11 @@ def assemble(
     sizes = SIZES[device.type]
     rows = config.max_num_seqs or sizes.max_num_seqs
     tokens = config.max_num_batched_tokens or sizes.max_num_batched_tokens
+    kept = reserve(source.config, max_num_seqs=rows, max_tokens=tokens, element_bytes=dtype.itemsize)
+    weights = Weighed.now(device)
     plan = plan_cache(
         source.config,
-        budget_bytes=config.kv_cache_memory_bytes or _budget(config, source, device, dtype, rows, tokens),
+        budget_bytes=config.kv_cache_memory_bytes or _budget(config, weights, kept),
         element_bytes=dtype.itemsize,
         block_size=config.block_size,
         max_model_len=config.max_model_len,
@@ -143,6 +144,7 @@ def assemble(
     reporter.begin("warming up")
     warm_up(runner, limits)
     reporter.end()
+    memory = _memory(config, source, dtype, weights, kept, plan)
     heartbeat = Heartbeat(time.monotonic())
     if sharing is not None and isinstance(decoder, Decoder):
         sharing.stepping = lambda: heartbeat.stepping
@@ -150,7 +152,7 @@ def assemble(
     idle = None if isinstance(runner, Runner) else runner.idle
     depth = 1 if device.type == "cpu" else 2
     loop = EngineLoop(inbox, Scheduler(limits), runner, publish, died, heartbeat, depth=depth, idle=idle, owns_gc=True)
-    return Engine(source, tokenizer, template, loop, heartbeat, plan, device, grammars)
+    return Engine(source, tokenizer, template, loop, heartbeat, plan, device, grammars, memory)
 
 
 def _prepare_compiler(device: torch.device) -> None:
@@ -211,34 +213,52 @@ def choose_device(config: Config) -> torch.device:
 
 
 def _dtype(config: Config, source: ModelSource, device: torch.device) -> torch.dtype:
-    if config.dtype != "auto":
-        return DTYPES[config.dtype]
-    if device.type == "cpu":
-        return torch.float32
-    return torch.float16 if source.config.dtype == "float16" else torch.bfloat16
+    return DTYPES[element_type(config.dtype, source.config.dtype, device.type)]
 
 
-def _budget(
-    config: Config, source: ModelSource, device: torch.device, dtype: torch.dtype, rows: int, tokens: int
-) -> int:
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """What a GPU says of its memory, in bytes: its size, all that is taken, and what of it are tensors; 0 on a CPU."""
+
+    total: int
+    taken: int
+    tensors: int
+
+    @classmethod
+    def now(cls, device: torch.device) -> Weighed:
+        if device.type == "cpu":
+            return cls(0, 0, 0)
+        free, total = torch.cuda.mem_get_info(device)
+        return cls(total, total - free, torch.cuda.memory_allocated(device))
+
+
+def _budget(config: Config, weighed: Weighed, kept: Reserve) -> int:
     """Bytes for the KV cache when no flag says: what is left beside weights, steps and graphs."""
-    if device.type == "cpu":
+    if not weighed.total:
         return host_budget(host_memory())
-    from vserve import assemble_cuda
+    utilization = config.gpu_memory_utilization
+    return cache_budget(total=weighed.total, utilization=utilization, taken=weighed.taken, reserve=kept)
 
-    free, total = torch.cuda.mem_get_info(device)
-    taken, allowed = total - free, int(total * config.gpu_memory_utilization)
-    reserve = assemble_cuda.reserve_bytes(
-        source.config, max_num_seqs=rows, max_tokens=tokens, element_bytes=dtype.itemsize
+
+def _memory(
+    config: Config, source: ModelSource, dtype: torch.dtype, loaded: Weighed, kept: Reserve, cache: CachePlan
+) -> tuple[str, ...]:
+    """Engine.memory; loaded: as it was with the weights alone."""
+    if not loaded.total:
+        return (cache.explain(),)
+    planned = Plan(
+        total=loaded.total,
+        allowed=int(loaded.total * config.gpu_memory_utilization),
+        weights=weight_bytes(source.config, dtype.itemsize),
+        context=loaded.taken - loaded.tensors,
+        reserve=kept,
+        cache=cache,
     )
-    budget = allowed - taken - reserve
-    if budget <= 0:
-        raise StartupError(
-            f"the GPU has {gib(total)}, --gpu-memory-utilization {config.gpu_memory_utilization:g} allows "
-            f"{gib(allowed)}, {gib(taken)} are taken and steps need {gib(reserve)}: nothing is left for the KV cache; "
-            "raise --gpu-memory-utilization, lower --max-num-batched-tokens or take a smaller model"
-        )
-    return budget
+    taken, most = Weighed.now(torch.device("cuda")).taken, torch.cuda.max_memory_allocated()
+    return (
+        *planned.lines(),
+        f"measured: weights {gib(loaded.tensors)}, tensors at most {gib(most)}, {gib(taken)} of the GPU taken",
+    )
 
 
 def _words(config: Config, source: ModelSource) -> tuple[Tokenizer, ChatTemplate | None, Grammars | None]:
@@ -254,15 +274,22 @@ def _words(config: Config, source: ModelSource) -> tuple[Tokenizer, ChatTemplate
 
 
 def _tokens_and_template(config: Config, source: ModelSource) -> tuple[Tokenizer, ChatTemplate | None]:
-    if config.load_format == "dummy" and source.kind is SourceKind.FOLDER and not has_tokenizer(source.path):
-        return Tokenizer.of_bytes(source.config.vocab_size), None
-    if source.kind is SourceKind.GGUF:
+    folder = source.path if config.tokenizer is None else Path(config.tokenizer)
+    if config.tokenizer is not None and not has_tokenizer(folder):
+        raise StartupError(f"--tokenizer {shorten(config.tokenizer)}: no folder with a tokenizer.json")
+    if config.load_format == "dummy" and source.kind is SourceKind.FOLDER and not has_tokenizer(folder):
+        tokenizer, texts = Tokenizer.of_bytes(source.config.vocab_size), dict[str, str]()
+    elif source.kind is SourceKind.GGUF and config.tokenizer is None:
         assert source.gguf_metadata is not None
         tokenizer = gguf_vocab.build(source.gguf_metadata)
         texts = {} if source.chat_template is None else {"default": source.chat_template}
     else:
-        tokenizer = Tokenizer.from_folder(source.path, generation_config=source.generation_config)
-        texts = find_templates(source.path)
+        tokenizer = Tokenizer.from_folder(folder, generation_config=source.generation_config)
+        texts = find_templates(folder)
+        if not texts and source.chat_template is not None:  # a GGUF file's own
+            texts = {"default": source.chat_template}
+    if config.chat_template is not None:
+        texts = {"default": read_template(config.chat_template)}  # for conversations with tools too
     made: ChatTemplate | None = None
     for name in ("tool_use", "default"):  # the one for chats has the other beside it
         if name in texts:

@@ -14,19 +14,15 @@ from typing import Final
 
 import torch
 
-from vserve.engine.cuda_runner import MAX_GRAPH_TOKENS, CudaRunner
-from vserve.engine.scheduler import MAX_SCORED_TOKENS
-from vserve.engine.shapes import MIXED_CHUNKS, MIXED_DECODES, MIXED_SIZES, Shape
+from vserve.engine.cuda_runner import CudaRunner
+from vserve.engine.shapes import MIXED_DECODES, MIXED_SIZES, Shape
 from vserve.errors import StartupError
-from vserve.model.config import ModelConfig
 from vserve.model.gpu_decoder import GpuDecoder
-from vserve.model.memory import CachePlan, gib, step_bytes
+from vserve.model.memory import CachePlan, gib
 from vserve.observe.progress import Reporter
 
 log = logging.getLogger(__name__)
 
-LIBRARIES_BYTES: Final = 3 << 28
-"""Reserved for graphs, compiled kernels and the libraries' workspaces."""
 MIXED_STEP_S: Final = 0.015
 """A step that decodes and takes in a prompt should last no longer: it is the gap that every stream then sees."""
 CHUNK_LEAST: Final = 256
@@ -37,15 +33,6 @@ MORE_GRAPHS_S: Final = 0.8
 """Seconds of the start for graphs beyond the first ones; what is left is captured in idle moments."""
 COMPILERS: Final = 16
 """Threads that compile kernels at a cold start."""
-
-
-def reserve_bytes(config: ModelConfig, *, max_num_seqs: int, max_tokens: int, element_bytes: int) -> int:
-    """What must stay free of the KV cache: the largest step by kernels, one of a graph, and what libraries take."""
-    draws = max_num_seqs + min(MIXED_CHUNKS, max_num_seqs)
-    # Steps that score prompts run without a graph; a row of theirs is held twice while its best are sought.
-    eager = step_bytes(config, tokens=max_tokens, draws=draws + 2 * MAX_SCORED_TOKENS, element_bytes=element_bytes)
-    graph = step_bytes(config, tokens=min(max_tokens, MAX_GRAPH_TOKENS), draws=draws, element_bytes=element_bytes)
-    return eager + graph + LIBRARIES_BYTES
 
 
 @contextlib.contextmanager

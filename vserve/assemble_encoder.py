@@ -19,6 +19,7 @@ from vserve.engine.encoding import BatchStats, Encoded
 from vserve.engine.encoding_loop import EncodingLoop
 from vserve.engine.encoding_queue import EncodingQueue, Pace
 from vserve.errors import EngineDied, StartupError
+from vserve.model import hub
 from vserve.model.encoder import Encoder
 from vserve.model.encoder_loader import load_encoder
 from vserve.model.encoder_source import EncoderSource, names_encoder, resolve_encoder
@@ -59,7 +60,8 @@ def wanted(config: Config) -> tuple[str | None, bool]:
 
     Raises StartupError for two embedding models.
     """
-    if not names_encoder(config.model, environ=os.environ):
+    environ = hub.environ_with(os.environ, config.download_dir, config.hf_token)
+    if not names_encoder(config.model, environ=environ, revision=config.revision):
         return config.embedding_model, True
     if config.embedding_model is not None and config.embedding_model != config.model:
         raise StartupError(
@@ -79,7 +81,12 @@ def assemble_encoder(
 ) -> EncoderEngine:
     """Find, load and warm up the embedding model.  G only.  Raises StartupError; anything else is a bug."""
     reporter.begin("finding the embedding model")
-    source = resolve_encoder(model, environ=os.environ, progress=reporter.update)
+    source = resolve_encoder(
+        model,
+        environ=hub.environ_with(os.environ, config.download_dir, config.hf_token),
+        revision=config.revision if model == config.model else None,
+        progress=reporter.update,
+    )
     tokenizer = EncoderTokenizer.from_folder(source.path)
     tokenizer.check_fits(source.config.vocab_size)
     reporter.begin("loading the embedding model")

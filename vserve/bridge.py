@@ -70,6 +70,16 @@ class Meter(Protocol):
         """A sequence has ended; once for each that was submitted."""
 
 
+class Tracer(Protocol):
+    """Follows the sequences whose requests are traced, and no others.  Called on L only; must not raise."""
+
+    def sink(self, request: GenRequest, sink: TokenSink, queued_s: float) -> TokenSink:
+        """What takes the tokens of a request, submitted at queued_s, in sink's place; it hands them on."""
+
+    def ended(self, request_id: RequestId, end: Ended) -> None:
+        """Such a sequence has ended; once for each."""
+
+
 class _Unmetered:
     """A Meter that measures nothing."""
 
@@ -114,6 +124,7 @@ class Bridge:
         self.stats = EngineStats()
         self.on_stats: Callable[[EngineStats], None] | None = None
         self.meter: Meter = _Unmetered()
+        self.tracer: Tracer | None = None
 
     def next_id(self) -> RequestId:
         """A fresh request id.  L only."""
@@ -137,7 +148,10 @@ class Bridge:
         """
         if self._death is not None:
             raise Unavailable("The engine has stopped; the server is shutting down.")
+        queued_s = self._clock() if request.traced else 0.0  # now: the engine may see it before the next line
         self._inbox.put(request)
+        if request.traced and self.tracer is not None:
+            sink = self.tracer.sink(request, sink, queued_s)
         self._streams[request.id] = _Stream(request, sink)
 
     def cancel(self, request_id: RequestId, reason: FinishReason = FinishReason.CANCELLED) -> None:
@@ -204,7 +218,8 @@ class Bridge:
         stream = self._streams.get(emit.id)
         if stream is None:  # cancelled, or ended by an error of its own
             if emit.finish is not None and emit.id in self._leaving:
-                self._end(self._leaving.pop(emit.id), emit.finish, emit.timing, now_s)
+                stream = self._leaving.pop(emit.id)
+                self._trace_end(stream, self._end(stream, emit.finish, emit.timing, now_s))
             return
         if emit.ids:
             if stream.last_s is None:
@@ -213,19 +228,28 @@ class Bridge:
                 self.meter.gap(now_s - stream.last_s)
             stream.last_s = now_s
             stream.tokens += len(emit.ids)
+        end: Ended | None = None
         if emit.finish is not None:
             del self._streams[emit.id]
-            self._end(stream, emit.finish, emit.timing, now_s)
+            end = self._end(stream, emit.finish, emit.timing, now_s)
         try:
             stream.sink.push(emit)
         except Exception:
             log.exception("a stream could not take its tokens")
             self.cancel(emit.id, FinishReason.ERROR)
             _fail(stream.sink, EngineDied("An internal error ended this stream."))
+        if end is not None:
+            self._trace_end(stream, end)  # the last tokens are part of what is traced
 
-    def _end(self, stream: _Stream, finish: FinishReason, timing: Timing | None, now_s: float) -> None:
+    def _end(self, stream: _Stream, finish: FinishReason, timing: Timing | None, now_s: float) -> Ended:
         request, reason = stream.request, stream.reason or finish
-        self.meter.ended(Ended(reason, len(request.prompt), stream.tokens, max(0.0, now_s - request.arrival_s), timing))
+        end = Ended(reason, len(request.prompt), stream.tokens, max(0.0, now_s - request.arrival_s), timing)
+        self.meter.ended(end)
+        return end
+
+    def _trace_end(self, stream: _Stream, end: Ended) -> None:
+        if stream.request.traced and self.tracer is not None:
+            self.tracer.ended(stream.request.id, end)
 
     def _die(self, error: EngineDied) -> None:
         self._death = error
@@ -238,7 +262,7 @@ class Bridge:
         self._streams.clear()
         self._leaving.clear()
         for stream in (*streams, *leaving):
-            self._end(stream, FinishReason.ERROR, None, now_s)
+            self._trace_end(stream, self._end(stream, FinishReason.ERROR, None, now_s))
         for stream in streams:
             _fail(stream.sink, error)
 
@@ -263,7 +287,7 @@ def merge(parts: Sequence[Emit]) -> Emit:
         stop_id=last.stop_id,
         logprobs=logprobs,
         cached_tokens=max(part.cached_tokens for part in parts),
-        timing=last.timing,
+        timing=last.timing or first.timing,
         error=last.error,
         prompt_logprobs=next((part.prompt_logprobs for part in parts if part.prompt_logprobs is not None), None),
     )

@@ -19,6 +19,7 @@ EXIT_BAD_START = 2
 USAGE = """usage: vserve COMMAND [flags]
 
   serve [MODEL]   serve a model over an OpenAI-compatible API; with no command, serve is meant
+  plan [MODEL]    print what a model takes of a GPU, and how many sequences fit
   config          print the settings that serve would have, and where each comes from
   health          ask a running server whether it is healthy; for container probes
   version         print the version
@@ -72,6 +73,12 @@ def _config(words: Sequence[str], environ: Mapping[str, str]) -> int:
     return 0
 
 
+def _plan(words: Sequence[str], environ: Mapping[str, str]) -> int:
+    from vserve import plan
+
+    return plan.run(words, environ)
+
+
 def _health(words: Sequence[str], environ: Mapping[str, str]) -> int:
     from vserve.client import health
 
@@ -88,6 +95,7 @@ def _version(words: Sequence[str], environ: Mapping[str, str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str], Mapping[str, str]], int]] = {
     "serve": _serve,
     "config": _config,
+    "plan": _plan,
     "health": _health,
     "version": _version,
 }

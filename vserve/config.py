@@ -84,12 +84,26 @@ class Config:
         "model",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    tokenizer: str | None = _option(
+        None, "folder to read the tokenizer and the chat template from, where it is not the model's own", "model"
+    )
+    chat_template: str | None = _option(
+        None, "chat template in place of the model's: a file, or the template itself", "model"
+    )
+    revision: str | None = _option(None, "branch, tag or commit of a hub id; main by default", "model")
+    download_dir: str | None = _option(
+        None, "cache of models from the hub, in Hugging Face's layout; HF_HUB_CACHE or ~/.cache by default", "model"
+    )
+    hf_token: str | None = _option(
+        None, "token for downloads that need one; HF_TOKEN or the logged-in user's by default", "model", secret=True
+    )
     load_format: str = _option(
         "auto",
         "auto reads the files; dummy makes random weights from config.json, for benchmarks",
         "model",
         choices=("auto", "dummy"),
     )
+    allow_nan_weights: bool = _option(False, "load weights that hold NaN or infinite numbers", "model")
     dtype: str = _option(
         "auto",
         "type of weights and activations; auto: float32 on CPU, the model's own on GPU",
@@ -161,7 +175,12 @@ class Config:
         None, "TOML file of named keys with scopes and rates, read again on SIGHUP", "access"
     )
     strict: bool = _option(False, "refuse unknown request fields with 400 instead of listing them", "server")
-    disable_docs: bool = _option(False, "do not serve /openapi.json", "server")
+    disable_docs: bool = _option(
+        False,
+        "do not serve /openapi.json, /docs, /redoc and the home page",
+        "server",
+        aliases=("--disable-fastapi-docs",),
+    )
     max_queue: int = _option(
         1024, "requests that may wait before new ones get 429", "server", low=1, high=1_000_000, unit="requests"
     )
@@ -230,6 +249,27 @@ class Config:
     exit_on_stall: bool = _option(
         False, "end every stream with an error and exit with code 3 at --stall-timeout", "server"
     )
+    enable_rca: bool = _option(
+        False, "serve /debug/version, stats, cache_stats, traces and config, to keys with the scope admin", "server"
+    )
+    rca_traces: int = _option(
+        1000, "requests whose timeline /debug/traces keeps", "server", low=1, high=100_000, unit="requests"
+    )
+    rca_trace_bytes: int = _option(
+        16 * 2**20,
+        "most memory of these timelines",
+        "server",
+        low=65536,
+        high=2**32,
+        unit="bytes",
+        parse=parse_bytes,
+    )
+    otlp_traces_endpoint: str | None = _option(
+        None,
+        "send a span of each request to this OpenTelemetry collector (OTLP over HTTP), such as "
+        "http://127.0.0.1:4318/v1/traces; a URL without a path gets /v1/traces",
+        "server",
+    )
     response_store: str | None = _option(
         None, "SQLite file that keeps responses over a restart; in memory by default", "server"
     )
@@ -249,6 +289,27 @@ class Config:
         30 * 86400.0, "age at which a response is forgotten", "server", low=1, high=10**10, unit="seconds"
     )
     access_log: bool = _option(False, "one JSON line on stderr for each request", "server")
+
+    oauth2_issuer: str | None = _option(
+        None, "take this issuer's access tokens (JWT) beside API keys; its address, as in their claim iss", "access"
+    )
+    oauth2_audience: str | None = _option(None, "what the claim aud of such a token must be or hold", "access")
+    oauth2_jwks_url: str | None = _option(
+        None, "where the issuer's public keys are; by default where its /.well-known/ document says", "access"
+    )
+    oauth2_scopes: tuple[str, ...] = _option(
+        ("infer", "admin"),
+        "what the issuer's scopes open here, as SCOPE=OURS with OURS infer, admin or metrics, or OURS alone; several "
+        "with commas; infer,admin by default",
+        "access",
+        split=True,
+    )
+    oauth2_authorization_url: str | None = _option(
+        None, "where a browser asks for a token, for /openapi.json and /docs", "access"
+    )
+    oauth2_token_url: str | None = _option(
+        None, "where it then gets one; must allow the origin of /docs (CORS)", "access"
+    )
 
     ssl_certfile: str | None = _option(None, "serve TLS with this PEM certificate, read again on SIGHUP", "access")
     ssl_keyfile: str | None = _option(None, "the certificate's PEM key; by default in the same file", "access")

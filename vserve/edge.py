@@ -11,8 +11,9 @@ import signal
 import ssl
 import sys
 from asyncio import AbstractEventLoop
+from typing import TYPE_CHECKING
 
-from vserve.api.access import Keys
+from vserve.api.access import SCOPES, Keys
 from vserve.api.cors import Cors
 from vserve.api.key_file import read_keys
 from vserve.config import Config
@@ -20,9 +21,13 @@ from vserve.errors import StartupError
 from vserve.http.access_log import AccessWriter
 from vserve.http.limits import Limits
 from vserve.http.tls import Tls, TlsFiles
+from vserve.oauth.grants import Flow, Grants, check_url
 from vserve.store.memory import MemoryStore
 from vserve.store.record import Bounds, Store
 from vserve.store.sqlite import SqliteStore
+
+if TYPE_CHECKING:  # the extra
+    from vserve.oauth.issuer import IssuerKeys
 
 log = logging.getLogger("vserve")
 
@@ -37,6 +42,7 @@ class Edge:
         self._tls = _tls(config)
         if self._key_file is not None:
             keys.name(read_keys(self._key_file))
+        self._issuer = _issuer(config, keys)
         self.cors = _cors(config)
         self.access_log = AccessWriter(sys.stderr.write) if config.access_log else None
 
@@ -45,9 +51,19 @@ class Edge:
         return self._tls.context if self._tls is not None else None
 
     def watch(self, loop: AbstractEventLoop) -> None:
-        """Reload on SIGHUP.  With nothing to reload the signal keeps its meaning, the end of the terminal."""
+        """Begin to fetch the issuer's keys, and reload on SIGHUP.
+
+        With nothing to reload the signal keeps its meaning, the end of the terminal.
+        """
+        if self._issuer is not None:
+            self._issuer.start()
         if self._key_file is not None or self._tls is not None:
             loop.add_signal_handler(signal.SIGHUP, self.reload)
+
+    def stop(self) -> None:
+        """The server ends."""
+        if self._issuer is not None:
+            self._issuer.stop()
 
     def reload(self) -> None:
         """Read keys and certificates again; of each, what cannot be used leaves the old in place and one line."""
@@ -99,6 +115,46 @@ def root_path(config: Config) -> str:
     if path and (not path.startswith("/") or "//" in path or not all("!" <= c <= "~" and c not in "?#%" for c in path)):
         raise StartupError(f"--root-path: {path!r} is not a path such as /llm")
     return path
+
+
+def flow(config: Config) -> Flow | None:
+    """How a browser gets an access token.  Raises StartupError for flags that make no flow."""
+    urls = (config.oauth2_authorization_url, config.oauth2_token_url)
+    if urls == (None, None):
+        return None
+    if urls[0] is None or urls[1] is None:
+        raise StartupError("--oauth2-authorization-url and --oauth2-token-url go together")
+    if config.oauth2_issuer is None:
+        raise StartupError("--oauth2-authorization-url needs --oauth2-issuer: whose tokens would be taken?")
+    return Flow(
+        check_url("--oauth2-authorization-url", urls[0]),
+        check_url("--oauth2-token-url", urls[1]),
+        Grants.parse(config.oauth2_scopes, SCOPES),
+    )
+
+
+def _issuer(config: Config, keys: Keys) -> IssuerKeys | None:
+    """The issuer's keys, not yet fetched; its tokens are then trusted."""
+    issuer, audience, jwks_url = config.oauth2_issuer, config.oauth2_audience, config.oauth2_jwks_url
+    if issuer is None:
+        for flag, value in (("--oauth2-audience", audience), ("--oauth2-jwks-url", jwks_url)):
+            if value is not None:
+                raise StartupError(f"{flag} needs --oauth2-issuer")
+        return None
+    check_url("--oauth2-issuer", issuer)
+    if audience is None:
+        raise StartupError("--oauth2-issuer needs --oauth2-audience: else tokens for other services would do here")
+    if jwks_url is not None:
+        check_url("--oauth2-jwks-url", jwks_url)
+    grants = Grants.parse(config.oauth2_scopes, SCOPES)
+    try:
+        from vserve.oauth.issuer import IssuerKeys
+        from vserve.oauth.tokens import Tokens
+    except ImportError as error:
+        raise StartupError(f"--oauth2-issuer needs {error.name}: pip install 'vserve[oauth]'") from None
+    found = IssuerKeys(issuer, jwks_url)
+    keys.trust(Tokens(found, issuer, audience, grants))
+    return found
 
 
 def _tls(config: Config) -> Tls | None:

@@ -54,16 +54,32 @@ class BadRequest(ApiError):
 
 
 class Unauthorized(ApiError):
+    """401; challenge: what WWW-Authenticate says beside the scheme (RFC 6750 section 3)."""
+
     status = 401
     type = "AuthenticationError"
 
+    def __init__(self, message: str, *, challenge: str = "") -> None:
+        super().__init__(message)
+        self.challenge = challenge
+
     def headers(self) -> tuple[tuple[str, str], ...]:
-        return (*super().headers(), ("www-authenticate", "Bearer"))
+        return (*super().headers(), ("www-authenticate", f"Bearer {self.challenge}".rstrip()))
 
 
 class PermissionDenied(ApiError):
+    """403; challenge: what WWW-Authenticate says to the bearer of a token, None for a key."""
+
     status = 403
     type = "PermissionDeniedError"
+
+    def __init__(self, message: str, *, challenge: str | None = None) -> None:
+        super().__init__(message)
+        self.challenge = challenge
+
+    def headers(self) -> tuple[tuple[str, str], ...]:
+        challenge = () if self.challenge is None else (("www-authenticate", f"Bearer {self.challenge}"),)
+        return (*super().headers(), *challenge)
 
 
 class NotFound(ApiError):

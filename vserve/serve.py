@@ -27,11 +27,13 @@ from vserve.model import cpu
 from vserve.observe.gpu import utilization_reader
 from vserve.observe.progress import Progress, Reporter
 from vserve.observe.watchdog import Watchdog
+from vserve.settings import public
 
 if TYPE_CHECKING:  # torch comes with it: imported on G, while L already answers probes
     from vserve.api.app import Model
     from vserve.assemble import Engine
     from vserve.http.site import AccessEntry
+    from vserve.observe.otlp import Otlp
 
 SWITCH_INTERVAL_S = 100e-6
 """A thread waits at most this long for the GIL: 5 ms, the default, would be several steps (DESIGN.md, costs)."""
@@ -41,6 +43,8 @@ SETTLE_S = 1.0
 STALL_GRACE_S = 0.5
 """At the end for a stall: all streams have their error event, and it takes at most twice this to reach them."""
 ENGINE_JOIN_S = 1.0
+OTLP_GRACE_S = 1.0
+"""At the end: spans that wait get so long to be sent."""
 CHAT_EXAMPLE = (
     "/v1/chat/completions",
     '{"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 32}',
@@ -87,6 +91,7 @@ class _Service:
         self._engine: Engine | None = None
         self._encoder_runs = False
         self._watchdog: Watchdog | None = None
+        self._otlp: Otlp | None = None
 
     @property
     def engine_runs(self) -> bool:
@@ -99,7 +104,7 @@ class _Service:
         from vserve.api.failure import render
         from vserve.api.routes import Gate, routes, table
         from vserve.bridge import Bridge
-        from vserve.edge import Edge, limits, response_store, root_path
+        from vserve.edge import Edge, flow, limits, response_store, root_path
         from vserve.encoder_service import EncoderService
         from vserve.engine.inbox import Inbox
         from vserve.http.router import Router
@@ -107,12 +112,19 @@ class _Service:
 
         config = self._config
         loop = asyncio.get_running_loop()
+        if config.otlp_traces_endpoint is not None:
+            from vserve.observe.otlp import Otlp
+
+            self._otlp = Otlp(config.otlp_traces_endpoint, __version__)
+            self._otlp.start()
         self._app = App(
             Options(
                 version=__version__,
                 api_keys=config.api_key,
                 strict=config.strict,
                 docs=not config.disable_docs,
+                root_path=root_path(config),
+                oauth2=flow(config),
                 keep_alive_s=config.sse_ping_s,
                 request_timeout_s=config.request_timeout_s,
                 stall_timeout_s=config.stall_timeout_s,
@@ -123,10 +135,15 @@ class _Service:
                 resume_bytes=config.resume_bytes,
                 tool_call_parser=config.tool_call_parser,
                 reasoning_parser=config.reasoning_parser,
+                rca=config.enable_rca,
+                rca_traces=config.rca_traces,
+                rca_trace_bytes=config.rca_trace_bytes,
+                settings=public(config),
             ),
             response_store(config),
+            exporter=self._otlp,
         )
-        edge = Edge(config, self._app.keys)
+        edge = self._edge = Edge(config, self._app.keys)
         edge.watch(loop)
         self._access_log = edge.access_log
         entries = table(self._app)
@@ -202,7 +219,14 @@ class _Service:
         self._app.starting(progress.phase, progress.share)  # any thread may
 
     def _on_ready(self, engine: Engine | None) -> None:
+        import torch  # it is there by now
+
+        from vserve.api.app import Runtime
+
         self._engine = engine
+        computes = engine if engine is not None else self._encoder.engine
+        device = "cpu" if computes is None else computes.device.type
+        self._app.runtime = Runtime(str(torch.__version__), torch.version.cuda, device)
         self._app.ready(None if engine is None else self._model(engine), self._encoder.model())
         on_stall = self._stalled if self._config.exit_on_stall else None
         self._encoder.watch(on_stall)
@@ -256,7 +280,7 @@ class _Service:
             if encoder.source.config.architecture.cross:
                 path, body = SCORE_EXAMPLE
         if engine is not None:
-            print(engine.plan.explain())
+            print(*engine.memory, sep="\n")
             names.insert(0, (self._config.served_model_name or (engine.source.name,))[0])
             device, (path, body) = engine.device.type, CHAT_EXAMPLE
         served = " and ".join(names)
@@ -304,6 +328,9 @@ class _Service:
         stalled = isinstance(self._failure, EngineStalled)
         await self._http.close(STALL_GRACE_S if stalled else STOP_GRACE_S)
         self._app.stopped()
+        self._edge.stop()
+        if self._otlp is not None:
+            self._otlp.close(OTLP_GRACE_S)
         if self._engine is not None and not stalled:
             self._thread.join(ENGINE_JOIN_S)
         self._encoder_runs = self._encoder.join(0.0 if stalled else ENGINE_JOIN_S)

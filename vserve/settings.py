@@ -253,6 +253,17 @@ def show(settings: Settings) -> str:
     return "\n".join(lines) + "\n"
 
 
+def public(config: Config) -> dict[str, Value]:
+    """The effective values by flag, as JSON has them; of secrets only how many there are."""
+    shown: dict[str, Value] = {}
+    for name, (_, flag) in flags().items():
+        value = getattr(config, name)
+        if flag.secret and value:
+            value = f"({len(value)} hidden)" if isinstance(value, tuple) else "(hidden)"
+        shown[name] = value
+    return shown
+
+
 def _as_toml(value: Value) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"

@@ -43,7 +43,8 @@ def test_a_whole_reply_has_openais_shape(stand: Stand) -> None:
     reply = stand.post(PATH, {"messages": HI}, x_request_id="my-own")
     assert reply.headers["x-request-id"] == "my-own"
     assert reply.headers["content-type"] == "application/json"
-    assert re.fullmatch(r"queue;dur=\d+\.\d, prefill;dur=\d+\.\d, decode;dur=\d+\.\d", reply.headers["server-timing"])
+    spans = r"queue;dur=\d+\.\d, prefill;dur=\d+\.\d, decode;dur=\d+\.\d, total;dur=\d+\.\d\d"
+    assert re.fullmatch(spans, reply.headers["server-timing"])
     assert "x-ignored-params" not in reply.headers
     body = reply.json()
     assert body.pop("created") > 1_600_000_000

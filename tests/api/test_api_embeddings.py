@@ -417,3 +417,14 @@ def test_tokens_of_embeddings_count_against_the_quota_of_a_key() -> None:
             spent += reply.json()["usage"]["total_tokens"] if reply.status_code == 200 else 0
         assert statuses == [200, 200, 429]
         assert 12 <= spent < 24
+
+
+def test_an_embedding_request_has_its_timeline() -> None:
+    with embedding(Gated(), rca=True) as stand:
+        reply = stand.post(EMBED, {"input": [PARIS, BANANA]})
+        (found,) = stand.get("/debug/traces").json()["traces"]
+    assert (found["route"], found["model"], found["choices"]) == ("embeddings", MODEL, [])
+    assert found["prompt_tokens"] == reply.json()["usage"]["prompt_tokens"]
+    times = [found[f"{name}_ms"] for name in ("admitted", "tokenised", "queued", "first_scheduled", "ended")]
+    assert times == sorted(times)
+    assert found["first_token_ms"] is None

@@ -19,8 +19,9 @@ from vserve.http.site import AccessEntry
 
 KEY, PROMPT = "sk-the-secret-key", "the-secret-prompt"
 OPEN_ROUTES = {"ping", "health", "ready", "live", "startup", "version", "openapi"}
-"""All that answers without a key: probes, which tell no more than how the server is, its version, its description."""
-
+PAGES = {"home", "docs", "oauth2_redirect", "redoc", "page_files"}
+"""All that answers without a key: probes, which tell no more than how the server is, its version, its description, and
+pages, which are the same for everyone."""
 
 REFUSED = ("AuthenticationError", "authentication_error")
 """In OpenAI's words and in Anthropic's."""
@@ -28,7 +29,7 @@ REFUSED = ("AuthenticationError", "authentication_error")
 
 @pytest.fixture(scope="module")
 def stand() -> Iterator[Stand]:
-    with standing(api_keys=(KEY,)) as running:
+    with standing(api_keys=(KEY,), rca=True) as running:
         scraper = Key("scraper", digest("sk-metrics"), frozenset({"metrics"}))
         running.call(lambda: running.app.keys.name([scraper]))
         yield running
@@ -57,7 +58,8 @@ def ask(stand: Stand, method: str, target: str, **headers: str) -> tuple[int, di
 
 
 def test_the_open_routes_are_the_known_ones(stand: Stand) -> None:
-    assert {entry.name for entry in entries(stand) if entry.auth == OPEN} == OPEN_ROUTES
+    assert {entry.name for entry in entries(stand) if entry.auth == OPEN} == OPEN_ROUTES | PAGES
+    assert {entry.name for entry in entries(stand) if entry.page} == PAGES
 
 
 @pytest.mark.promise("R12", "input: side doors")

@@ -17,17 +17,20 @@ from hypothesis import strategies as st
 from jsonschema.validators import extend
 
 from tests.fakes_api import EOS, Stand, options, parse_events, says, standing
+from vserve.api.access import SCOPES
 from vserve.api.app import App
-from vserve.api.entry import OPEN, Entry
+from vserve.api.entry import OPEN, Entry, Need
 from vserve.api.fields import Anything, Fate, Field, Table, read
 from vserve.api.openapi import describe
 from vserve.api.routes import table
 from vserve.api.schema import STREAM_OPTION_ROWS
 from vserve.errors import BadRequest
+from vserve.oauth.grants import Flow, Grants
 
 HI = [{"role": "user", "content": "hi"}]
 HUGE_VOCABULARY = 2**80  # the one bound that the description cannot know
-ENTRIES = table(App(options()))
+EVERYTHING = table(App(options(rca=True)))
+ENTRIES = tuple(entry for entry in EVERYTHING if not entry.page)
 TABLES: dict[str, Table] = {body.name: body.rows for entry in ENTRIES for body in entry.doc.takes}
 ROWS = {f"{name}.{row.name}": row for name, rows in TABLES.items() for row in rows.values()}
 ROWS |= {f"query.{entry.name}.{row.name}": row for entry in ENTRIES for row in entry.doc.query.values()}
@@ -36,7 +39,7 @@ ROWS |= {f"stream_options.{row.name}": row for row in STREAM_OPTION_ROWS.values(
 
 @pytest.fixture(scope="module")
 def stand() -> Iterator[Stand]:
-    with standing() as running:
+    with standing(rca=True) as running:
         yield running
 
 
@@ -114,6 +117,48 @@ def test_a_client_that_has_the_description_is_not_sent_it_again(stand: Stand) ->
         again = stand.get("/openapi.json", if_none_match=sent)
         assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", etag)
     assert stand.get("/openapi.json", if_none_match='"other"').content == first.content
+
+
+def test_a_server_behind_a_prefix_says_so(document: Any) -> None:
+    assert "servers" not in document
+    said: Any = describe(ENTRIES, "1", False, "/llm")
+    assert said["servers"] == [{"url": "/llm"}]
+    openapi_spec_validator.validate(said)
+
+
+def test_the_flow_of_an_issuer_is_described_with_the_scopes_that_open_each_route() -> None:
+    grants = Grants.parse(["read=infer", "all=infer", "all=admin"], SCOPES)
+    flow = Flow("https://sso.example/auth", "https://sso.example/token", grants)
+    said: Any = describe(ENTRIES, "1", False, oauth2=flow)
+    openapi_spec_validator.validate(said)
+    described = said["components"]["securitySchemes"]["oauth2"]
+    code = described["flows"]["authorizationCode"]
+    assert (code["authorizationUrl"], code["tokenUrl"]) == ("https://sso.example/auth", "https://sso.example/token")
+    assert code["scopes"].keys() == {"read", "all"}
+    assert "admin and infer" in code["scopes"]["all"]
+    ways = said["paths"]["/v1/chat/completions"]["post"]["security"]
+    assert ways == [{"bearer": ["infer"]}, {"apiKey": ["infer"]}, {"oauth2": ["read"]}, {"oauth2": ["all"]}]
+    assert said["paths"]["/scale_elastic_ep"]["post"]["security"][2:] == [{"oauth2": ["all"]}]
+    assert said["paths"]["/metrics"]["get"]["security"] == [{}, {"bearer": ["metrics"]}, {"apiKey": ["metrics"]}]
+    assert said["paths"]["/ping"]["get"]["security"] == []
+
+
+EXAMPLES = [
+    (entry.patterns[0], body.name, body.example) for entry in ENTRIES for body in entry.doc.takes[:1] if body.example
+]
+
+
+@pytest.mark.parametrize(("path", "name", "example"), EXAMPLES, ids=[path for path, _, _ in EXAMPLES])
+def test_the_example_of_a_body_is_shown_fits_its_schema_and_works(
+    path: str, name: str, example: dict[str, Any], stand: Stand, document: Any
+) -> None:
+    said = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+    assert said["example"] == example
+    check_shape(document, name, example)
+    reply = stand.post(path, example, accept="application/json")
+    # The stand has no embedding model; everything else is answered.
+    asks_encoder = next(entry for entry in ENTRIES if path in entry.patterns).need is Need.ENCODER_ROOM
+    assert reply.status_code == (404 if asks_encoder else 200), reply.text
 
 
 def test_the_description_is_open_and_there_before_the_model_and_can_be_left_out() -> None:
@@ -327,6 +372,11 @@ REPLIES: list[tuple[str, str, dict[str, Any] | None]] = [
     ("Tokenized", "/tokenize", {"prompt": []}),
     ("Tokenized", "/tokenize", {"messages": HI}),
     ("Detokenized", "/detokenize", {"tokens": [104, 105]}),
+    ("DebugVersion", "/debug/version", None),
+    ("DebugStats", "/debug/stats", None),
+    ("DebugCache", "/debug/cache_stats", None),
+    ("DebugTraces", "/debug/traces", None),
+    ("DebugTraces", "/debug/traces?format=chrome", None),
 ]
 
 

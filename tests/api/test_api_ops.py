@@ -240,3 +240,34 @@ def test_load_counts_replies_under_way() -> None:
         stand.engine.running.set()
         read_reply(peer)
         assert get(stand, "/load").json()["server_load"] == 0
+
+
+def test_load_and_metrics_say_the_same_utilisation_the_drivers_where_there_is_one(stand: Stand) -> None:
+    def scraped() -> float:
+        lines = get(stand, "/metrics").text.splitlines()
+        (line,) = [line for line in lines if line.startswith("vllm_gpu_utilization{")]
+        return float(line.rsplit(" ", 1)[1])
+
+    readings: list[float | None] = [0.75, 0.75, None, None]
+    stand.app.metrics.gpu = lambda: readings.pop(0)
+    try:
+        assert (get(stand, "/load").json()["gpu_utilization"], scraped()) == (0.75, 0.75)
+        failed = get(stand, "/load").json()["gpu_utilization"], scraped()  # then the engine's own, as without a GPU
+        assert failed == pytest.approx((stand.call(stand.app.usage.utilization),) * 2, abs=0.01)
+    finally:
+        stand.app.metrics.gpu = None
+
+
+@pytest.mark.parametrize("path", ["/health", "/health/ready", "/readyz", "/livez", "/startupz"])
+def test_a_probe_tells_phase_progress_and_the_age_of_the_last_beat(path: str) -> None:
+    with standing(ready=False) as stand:
+        first = get(stand, path).json()
+        assert (first["phase"], first["progress"], first["heartbeat_age_s"]) == ("starting", None, None)
+        stand.app.starting("loading weights", 0.5)
+        assert get(stand, path).json()["progress"] == 0.5
+    with standing() as stand:
+        for phase, act in (("ready", lambda: None), ("draining", stand.app.drain)):
+            stand.call(act)
+            told = get(stand, path).json()
+            assert (told["phase"], told["progress"]) == (phase, 1.0)
+            assert 0.0 <= told["heartbeat_age_s"] < 60.0

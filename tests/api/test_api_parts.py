@@ -163,10 +163,11 @@ def test_the_ignored_fields_header_is_bounded_and_safe() -> None:
 
 
 @pytest.mark.promise("R12", "input: side doors")
-def test_every_route_is_guarded_but_the_probes_the_metrics_and_the_description() -> None:
+def test_every_route_is_guarded_but_the_probes_the_metrics_and_the_docs() -> None:
     entries = table(App(options()))
     assert {entry.name for entry in entries if entry.auth == OPEN} == {
-        "ping", "health", "ready", "live", "startup", "version", "openapi",
+        "ping", "health", "ready", "live", "startup", "version", "openapi", "home", "docs",
+        "oauth2_redirect", "redoc", "page_files",
     }  # fmt: skip
     assert {entry.name for entry in entries if entry.auth == METRICS} == {"metrics"}
     assert len({entry.name for entry in entries}) == len(entries)

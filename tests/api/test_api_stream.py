@@ -47,7 +47,7 @@ class Wire:
         assert not self.ended
         self.writes.append(data)
 
-    def end(self, exchange: Exchange) -> None:
+    def end(self, exchange: Exchange, trailers: Fields = ()) -> None:
         self.ended = True
         exchange.detach()
 

@@ -26,6 +26,7 @@ ARGUMENTS, STAGES = read((ROOT / "Dockerfile").read_text())
 BY_NAME = {stage.name: stage for stage in STAGES}
 RUN = STAGES[-1]
 UID = 10001
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def test_the_image_runs_as_a_user_of_its_own_and_gets_its_signals() -> None:
@@ -66,7 +67,7 @@ def image() -> Iterator[tuple[Build, Path]]:
     root = Path(tempfile.mkdtemp(prefix="vserve-image-"))
     root.chmod(0o755)
     try:
-        build = Build(ROOT, root, {**ARGUMENTS, "DEVICE": "cpu"})
+        build = Build(ROOT, root, {**ARGUMENTS, "DEVICE": "cpu", "VSERVE_GIT_HASH": COMMIT})
         commands = [command for name in ("wheel", "base-cpu", "run") for command in build.run(BY_NAME[name])]
         assert len(commands) == len(BY_NAME["wheel"].all("RUN")) + len(RUN.all("RUN"))
         yield build, root
@@ -158,6 +159,15 @@ def test_the_wheel_is_small_and_asks_for_few_packages(image: tuple[Build, Path])
         metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
     assert len(re.findall(r"^Requires-Dist: (?!.*extra ==)", metadata, re.MULTILINE)) <= 8
     assert "vserve/kernels/reference.py" in names  # what the symbolic link points to travels
+    assert {"vserve/api/static/swagger-ui-bundle.js.gz", "vserve/api/static/LICENSES.txt"} <= set(names)
+
+
+def test_the_package_knows_the_commit_that_it_was_built_from(image: tuple[Build, Path]) -> None:
+    _, root = image
+    python = root / "run" / "opt" / "vserve" / "env" / "bin" / "python"
+    script = "from vserve.build import git_hash; print(git_hash())"
+    done = subprocess.run([str(python), "-I", "-c", script], capture_output=True, text=True, cwd="/", timeout=60)
+    assert done.stdout == f"{COMMIT}\n", done.stderr
 
 
 def test_one_file_is_the_whole_program(image: tuple[Build, Path], tmp_path: Path) -> None:
@@ -172,6 +182,16 @@ def test_one_file_is_the_whole_program(image: tuple[Build, Path], tmp_path: Path
         return subprocess.run(command, capture_output=True, text=True, env=environ, cwd=tmp_path, timeout=120)
 
     assert run("--version").stdout == f"{__version__}\n"
+    page = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from vserve.api import assets; print(assets.__file__); "
+        "print(len(assets.Asset.read('swagger-ui-bundle.js').content), len(assets.Asset.read('home.html').content))"
+    )
+    command = [str(python), "-I", "-c", page, str(target)]
+    loaded = subprocess.run(command, capture_output=True, text=True, env=environ, cwd=tmp_path, timeout=60)
+    assert loaded.returncode == 0, loaded.stderr
+    where, sizes = loaded.stdout.splitlines()
+    assert where.startswith(str(target))  # the pages too come out of it
+    assert all(int(size) > 1000 for size in sizes.split())
     missing = run("serve", "nothing.gguf")
     assert missing.returncode == 2
     assert missing.stderr.splitlines()[-1].startswith("vserve: model 'nothing.gguf' does not exist")

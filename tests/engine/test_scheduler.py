@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from vserve.engine.request import Emit, FinishReason, GenRequest, RequestId, TokenLogprobs
 from vserve.engine.scheduler import Limits, Scheduler
-from vserve.engine.sequence import Plan, Results, State
+from vserve.engine.sequence import MOST_CHUNKS, Plan, Results, State
 
 COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
 
@@ -436,7 +436,9 @@ def test_the_last_emit_carries_timing_cached_tokens_and_logprobs() -> None:
     timing = seen[-1].timing
     assert timing is not None
     assert (timing.arrival_s, timing.scheduled_s, timing.first_token_s, timing.finished_s) == (1.0, 2.0, 2.5, 3.5)
-    assert seen[0].timing is None
+    first = seen[0].timing  # with the first token, as far as it goes
+    assert first is not None
+    assert (first.scheduled_s, first.first_token_s, first.finished_s) == (2.0, 2.5, 2.5)
 
 
 def test_cancel_all_ends_everything_with_the_error() -> None:
@@ -542,3 +544,50 @@ def test_a_continued_answer_with_nothing_left_to_draw_or_an_unknown_token_is_ref
         assert emit.finish is FinishReason.ERROR
         assert said in (emit.error or "")
     assert scheduler.live == 0
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_traced_sequence_notes_each_chunk_with_its_step(depth: int) -> None:
+    engine = Engine(limits(max_num_batched_tokens=4, max_prefill_chunk=3), depth=depth)
+    engine.add(request(0, list(range(10)), max_tokens=3, traced=True))
+    engine.add(request(1, list(range(20, 27)), max_tokens=3, traced=True))
+    engine.add(request(2, [1, 2], max_tokens=2))
+    engine.run()
+    for name, length in ((0, 10), (1, 7)):
+        timing = engine.ends[RequestId(name)].timing
+        assert timing is not None
+        steps, times, starts, tokens = zip(*timing.chunks, strict=True)
+        assert sum(tokens) == length
+        assert list(starts) == [sum(tokens[:i]) for i in range(len(tokens))]
+        assert list(steps) == sorted(set(steps))
+        assert list(times) == sorted(times)
+        assert 1 <= steps[0] <= steps[-1] <= engine.scheduler.stats().steps_total
+        assert times[0] == timing.scheduled_s
+    untraced = engine.ends[RequestId(2)].timing
+    assert untraced is not None
+    assert (untraced.chunks, untraced.preempted_s) == ((), ())
+
+
+def test_a_traced_sequence_notes_when_it_was_preempted_and_what_was_computed_again() -> None:
+    engine = Engine(limits(num_blocks=6, block_size=2, prefix_caching=False))
+    for name in range(3):
+        engine.add(request(name, [name + 1] * 3, max_tokens=7, traced=True))
+    engine.run()
+    timings = [end.timing for end in engine.ends.values() if end.timing is not None]
+    again = [timing for timing in timings if timing.preemptions]
+    assert again
+    for timing in timings:
+        assert len(timing.preempted_s) == timing.preemptions
+        assert sum(tokens for _, _, _, tokens in timing.chunks) >= 3 * (1 + timing.preemptions)
+        for at_s in timing.preempted_s:
+            assert any(chunk[1] >= at_s and chunk[2] == 0 for chunk in timing.chunks)
+
+
+def test_what_is_noted_of_a_sequence_is_bounded() -> None:
+    engine = Engine(limits(max_num_batched_tokens=1, max_model_len=2000, num_blocks=1000))
+    length = MOST_CHUNKS + 44
+    engine.add(request(0, [1] * length, max_tokens=1, traced=True))
+    engine.run()
+    timing = engine.ends[RequestId(0)].timing
+    assert timing is not None
+    assert (len(timing.chunks), timing.chunks_left_out) == (MOST_CHUNKS, 44)

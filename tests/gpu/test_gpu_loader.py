@@ -32,7 +32,7 @@ def test_every_layer_holds_the_files_numbers(
             wanted = torch.cat([weights.get(f"model.layers.{number}.{name}.weight").data for name in names])
             assert torch.equal(linear.weight.cpu(), wanted.to(dtype)), (number, names)
     ids = torch.arange(config.vocab_size, device=CUDA)
-    assert torch.equal(decoder._embedding(ids).cpu(), weights.get(loader.EMBEDDING).data.to(dtype))
+    assert torch.equal(decoder._embedding(ids).cpu(), weights.get("model.embed_tokens.weight").data.to(dtype))
 
 
 def test_a_buffer_is_not_filled_again_before_it_has_been_copied() -> None:

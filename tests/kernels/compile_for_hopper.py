@@ -51,8 +51,8 @@ def compile_launch(self: JITFunction, *args: object, grid: object, warmup: bool,
 
 JITFunction.run = compile_launch
 
-from vserve.kernels import attention_decode, attention_prefill, gemv, norm, rope, sampling  # noqa: E402
-from vserve.kernels.activation import silu_mul  # noqa: E402
+from vserve.kernels import attention_decode, attention_prefill, gemv, moe, norm, rope, sampling  # noqa: E402
+from vserve.kernels.activation import activate, gated, silu_mul  # noqa: E402
 
 
 def some(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -69,6 +69,13 @@ def main() -> None:
         attention_decode.decode_attention(q, keys, values, lens, tables, 0.1, early=True)
         starts = some(rows + 1, dtype=int32)
         attention_prefill.prefill_attention(q, keys, values, starts, lens, tables, 0.1, early=True)
+        for window, cap in ((4096, None), (None, 50.0), (1024, 30.0)):
+            inputs = (q, keys, values, starts, lens, tables, 0.1)
+            attention_prefill.prefill_attention(*inputs, window=window, softcap=cap, early=True)
+            tasks = attention_decode.plan_tasks(lens, kv_heads)
+            attention_decode.decode_attention(
+                q, keys, values, lens, tables, 0.1, tasks, window=window, softcap=cap, early=True
+            )
         angles = some(rows, width // 2, dtype=single)
         k, weight = some(rows, kv_heads, width), some(width)
         slots = some(rows, dtype=int64)
@@ -85,7 +92,14 @@ def main() -> None:
         gemv.gated_gemv(some(m, 576), some(4096, 576), norm=some(576), bias=some(4096))
         gemv.gated_gemv(some(m, 2048), some(4096, 2048), early=True)
     norm.add_rms_norm(some(rows, 576), some(rows, 576), some(576), 1e-5, early=True)
+    norm.add_layer_norm(some(rows, 576), some(rows, 576), some(576), some(576), 1e-5, early=True)
     silu_mul(some(rows, 2048), early=True)
+    for activation in ("relu", "gelu", "gelu_tanh"):
+        activate(some(rows, 2048), activation)
+        gated(some(rows, 2048), activation)
+    for m in (1, 40):
+        chosen = torch.zeros(m, 8, dtype=int64)
+        moe.experts(some(m, 2048), chosen, some(m, 8, dtype=single), some(16, 1536, 2048), some(16, 2048, 768))
 
 
 if __name__ == "__main__":

@@ -193,6 +193,46 @@ def test_prefill_neither_reads_nor_writes_padding(device: torch.device, random: 
     close(out[:11], reference_gpu.prefill_attention(*wide[:3], starts.cpu(), *wide[4:], pages.scale)[:11])
 
 
+WINDOWS = [(1, None), (5, None), (16, None), (37, 3.0), (64, None), (200, 20.0), (None, 3.0)]
+
+
+def blank(pages: Pages, case: Case, window: int) -> None:
+    """Put NaN in every slot that no query of the case sees."""
+    for row, (queries, context) in enumerate(zip(case.queries, case.contexts, strict=True)):
+        for n in range(max(0, context - queries + 1 - window)):
+            block = int(pages.tables[row, n // case.size])
+            pages.keys[block, n % case.size] = torch.nan
+            pages.values[block, n % case.size] = torch.nan
+
+
+@pytest.mark.parametrize(("window", "softcap"), WINDOWS)
+def test_windows_and_caps_are_those_of_the_float64_attention(
+    window: int | None, softcap: float | None, device: torch.device, random: torch.Generator, close: Check
+) -> None:
+    dtype = DTYPES[0]
+    for case in (Case((7, 33, 1, 70), (7, 90, 64, 150), 4, 2, 24, 16), Case((12,), (100,), 5, 1, 40, 8)):
+        pages = build(case, dtype, device, random)
+        wanted = reference_gpu.prefill_attention(*pages.wide(), pages.scale, window=window, softcap=softcap)
+        if window is not None:
+            blank(pages, case, window)
+        inputs = (pages.q, pages.keys, pages.values, pages.starts, pages.lens, pages.tables, pages.scale)
+        close(prefill_attention(*inputs, window=window, softcap=softcap), wanted)
+    for lengths in ((1, 40, 65, 300), (64,)):
+        case = decode_case(lengths, 6, 2, 24, 16)
+        pages = build(case, dtype, device, random)
+        wide = pages.wide()
+        wanted = reference_gpu.decode_attention(*wide[:3], *wide[4:], pages.scale, window=window, softcap=softcap)
+        if window is not None:
+            blank(pages, case, window)
+        for programs in (2, 64):
+            tasks = plan_tasks(pages.lens, 2, programs, window)
+            found = decode_attention(
+                pages.q, pages.keys, pages.values, pages.lens, pages.tables, pages.scale, tasks,
+                window=window, softcap=softcap,
+            )  # fmt: skip
+            close(found, wanted)
+
+
 if GPU:
 
     def test_pages_past_two_to_the_31_numbers_are_reached(

@@ -10,7 +10,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 KERNELS = (
     "_plan_tasks _decode _reduce _prefill _rope_and_write _scan _settle _token_logprobs _bias_and_ban _penalise "
-    "_count_tokens _vector _matrix _rms_norm _silu_mul"
+    "_count_tokens _vector _matrix _norm _activate _experts"
 )
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vserve.kernels import reference_gpu
-from vserve.kernels.activation import silu_mul
-from vserve.kernels.norm import add_rms_norm, rms_norm
+from vserve.kernels.activation import activate, gated, silu_mul
+from vserve.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from vserve.kernels.rope import norm_rope_and_write, rope_and_write, split_qkv
 
 Check = Callable[[Tensor, Tensor], None]
@@ -53,6 +53,48 @@ def test_silu_mul_is_the_float64_one(
     gate_up = torch.randn(rows, 2 * width, generator=random).mul(4).to(device, dtype)
     gate, up = gate_up.double().cpu().chunk(2, dim=1)
     close(silu_mul(gate_up), torch.nn.functional.silu(gate) * up)
+
+
+ACTIVATIONS = {
+    "silu": torch.nn.functional.silu,
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_the_float64_ones(
+    name: str, dtype: torch.dtype, device: torch.device, random: torch.Generator, close: Check
+) -> None:
+    x = torch.randn(3, 2062, generator=random).mul(4).to(device, dtype)
+    wide = x.double().cpu()
+    close(activate(x, name), ACTIVATIONS[name](wide))
+    close(gated(x, name), ACTIVATIONS[name](wide[:, :1031]) * wide[:, 1031:])
+    assert activate(torch.full((1, 4), 80.0, device=device), name).tolist() == [[80.0] * 4]
+    assert activate(torch.full((1, 4), -80.0, device=device), name).abs().max() < 1e-30
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 576), (3, 65), (0, 64)])
+def test_layer_norm_is_the_float64_one(
+    rows: int, width: int, dtype: torch.dtype, device: torch.device, random: torch.Generator, close: Check
+) -> None:
+    x, residual = (torch.randn(rows, width, generator=random).add(3).to(device, dtype) for _ in range(2))
+    weight, bias = (torch.rand(width, generator=random).to(device, dtype) for _ in range(2))
+
+    def wide(x: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(
+            x.double().cpu(), (width,), weight.double().cpu(), bias.double().cpu(), EPS
+        )
+
+    close(layer_norm(x, weight, bias, EPS), wide(x))
+    expected = x.double().cpu() + residual.double().cpu()
+    y, total = add_layer_norm(x, residual, weight, bias, EPS)
+    assert total is residual
+    close(total, expected)
+    close(y, wide(total))
 
 
 @pytest.mark.parametrize("with_norm", [False, True])

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from vserve.errors import StartupError
 from vserve.model.config import ModelConfig
@@ -89,7 +89,7 @@ def decoder_of(model: LlamaForCausalLM, dtype: torch.dtype = torch.float32) -> D
 
 
 @torch.inference_mode()
-def judged(model: LlamaForCausalLM, ids: Sequence[int]) -> Tensor:
+def judged(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     """transformers' logits of every position [T, V]."""
     logits: Tensor = model(torch.tensor([ids])).logits[0]
     return logits

@@ -21,6 +21,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from vserve.errors import StartupError
 from vserve.model import gguf
+from vserve.model.config import ModelConfig
 from vserve.model.gguf_weights import GgufWeights, halves_order, hf_name
 from vserve.model.kinds import Kind
 from vserve.model.source import ModelSource, resolve
@@ -85,6 +86,19 @@ def model_tensors(biases: bool = False) -> dict[str, np.ndarray]:
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
+LLAMA = ModelConfig.from_gguf(
+    {
+        "general.architecture": "llama",
+        "llama.context_length": 128,
+        "llama.embedding_length": WIDTH,
+        "llama.block_count": LAYERS,
+        "llama.feed_forward_length": INNER,
+        "llama.attention.head_count": HEADS,
+        "llama.attention.head_count_kv": KV_HEADS,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    },
+    {"token_embd.weight": (VOCAB, WIDTH)},
+)
 GGUF_NAMES = {
     hf: name
     for name in (
@@ -96,7 +110,7 @@ GGUF_NAMES = {
             for kind in ("weight", "bias")
         ]
     )
-    if (hf := hf_name(name)) is not None
+    if (hf := hf_name(name, LLAMA)) is not None
 }
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from tests.model.driving import CPU, Driver, config_of, distance, judged, random_model, weights_of
 from vserve.errors import StartupError
-from vserve.model import loader
+from vserve.model import loader, tensors
 from vserve.model.safetensors_files import SafetensorsWeights
 
 
@@ -157,7 +157,7 @@ def test_random_weights_need_no_file_and_report_their_bytes() -> None:
     config = replace(config_of(random_model()), num_layers=2)
     seen: list[tuple[int, int]] = []
     loader.load_dummy(config, device=CPU, dtype=torch.bfloat16, progress=lambda *at: seen.append(at))
-    total = 2 * sum(torch.Size(shape).numel() for shape in loader.expected_shapes(config).values())
+    total = 2 * sum(torch.Size(shape).numel() for shape in tensors.expected_shapes(config).values())
     assert seen[-1] == (total, total)
 
 

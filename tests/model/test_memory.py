@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from vserve.errors import StartupError
-from vserve.model.config import Architecture, ModelConfig
+from vserve.model.config import Architecture, Experts, ModelConfig
 from vserve.model.memory import GIB, host_budget, host_memory, plan_cache, step_bytes, token_bytes
 
 CONFIG = ModelConfig(
@@ -20,7 +21,7 @@ CONFIG = ModelConfig(
     intermediate_size=1536,
     vocab_size=49152,
     max_position=8192,
-    rms_norm_eps=1e-5,
+    norm_eps=1e-5,
     rope_theta=1e5,
 )
 
@@ -74,3 +75,16 @@ def test_a_step_takes_its_widest_layer_and_its_logits() -> None:
     small = step_bytes(CONFIG, tokens=16, draws=1, element_bytes=2)
     assert small == 16 * (3 * 1536 + 2 * 15 * 64 + 4 * 576) * 2 + 49152 * 6
     assert step_bytes(CONFIG, tokens=16, draws=2, element_bytes=2) == small + 49152 * 6
+
+
+def test_what_a_step_takes_counts_the_experts_of_each_token_and_capped_logits() -> None:
+    plain = step_bytes(CONFIG, tokens=16, draws=2, element_bytes=2)
+    experts = Experts(count=64, active=4, intermediate_size=300, normalised=True)
+    mixture = step_bytes(replace(CONFIG, experts=experts), tokens=16, draws=2, element_bytes=2)
+    assert mixture - plain == 16 * (4 * (300 * 2 + 576 * 4) + 64 * 10)
+    capped = step_bytes(replace(CONFIG, logit_softcap=30.0), tokens=16, draws=2, element_bytes=2)
+    assert capped - plain == 2 * 49152 * 4
+
+
+def test_a_window_leaves_the_plan_of_the_cache_as_it_is() -> None:
+    assert token_bytes(replace(CONFIG, windows=(64,) * 30), 4) == token_bytes(CONFIG, 4)

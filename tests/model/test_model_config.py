@@ -65,7 +65,7 @@ def test_a_plain_llama_is_read() -> None:
         intermediate_size=96,
         vocab_size=100,
         max_position=256,
-        rms_norm_eps=1e-5,
+        norm_eps=1e-5,
         rope_theta=5000.0,
         dtype="bfloat16",
         bos_id=1,
@@ -85,7 +85,7 @@ def test_a_plain_llama_is_read() -> None:
         ({"rope_scaling": None}, {"rope_scaling": None}),
         ({"rope_scaling": {}}, {"rope_scaling": None}),
         ({"max_position_embeddings": REMOVED}, {"max_position": 2048}),
-        ({"rms_norm_eps": REMOVED}, {"rms_norm_eps": 1e-6}),
+        ({"rms_norm_eps": REMOVED}, {"norm_eps": 1e-6}),
         ({"tie_word_embeddings": True}, {"tie_embeddings": True}),
         ({"attention_bias": True}, {"attention_bias": True, "output_bias": True}),
         ({"mlp_bias": True}, {"mlp_bias": True}),
@@ -97,8 +97,8 @@ def test_a_plain_llama_is_read() -> None:
         ({"sliding_window": 32}, {"max_position": 256}),
         ({"unknown_key": [{}]}, {}),
         ({"auto_map": {"AutoModel": "evil.Model"}}, {}),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, {"max_position": 256}),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 32}, {"max_position": 32}),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, {"windows": ()}),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 32}, {"max_position": 256, "windows": (32, 32)}),
         (
             {
                 "architectures": ["MistralForCausalLM"],
@@ -106,7 +106,7 @@ def test_a_plain_llama_is_read() -> None:
                 "num_key_value_heads": REMOVED,
                 "num_attention_heads": 8,
             },
-            {"max_position": 4096, "num_kv_heads": 8},
+            {"max_position": 131072, "num_kv_heads": 8, "windows": (4096, 4096)},
         ),
     ],
 )
@@ -184,7 +184,7 @@ def test_what_transformers_writes_is_read(family: type[Any], scaling: dict[str, 
     theirs.save_pretrained(tmp_path)
     config = ModelConfig.from_json(json.loads((tmp_path / "config.json").read_bytes()))
     assert config.head_dim == 16
-    assert config.rms_norm_eps == theirs.rms_norm_eps
+    assert config.norm_eps == theirs.rms_norm_eps
     assert config.rope_theta == 20000.0
     assert config.eos_ids == (2, 3)
     assert (config.rope_scaling is None) is (scaling is None)
@@ -217,13 +217,18 @@ BAD_JSON: dict[str, tuple[dict[str, object], str]] = {
     "theta infinite": ({"rope_theta": math.inf}, "rope_theta is inf"),
     "theta past float": ({"rope_theta": 10**400}, "rope_theta"),
     "theta of text": ({"rope_theta": "1e4"}, "rope_theta is '1e4'"),
-    "activation": ({"hidden_act": "gelu"}, "only silu is supported"),
+    "activation": ({"hidden_act": "gelu"}, "only silu, swish are supported"),
     "flag of text": ({"tie_word_embeddings": "yes"}, "must be true or false"),
     "quantised": ({"quantization_config": {"quant_method": "awq"}}, "use unquantised safetensors or a GGUF file"),
     "partial rotary": ({"partial_rotary_factor": 0.5}, "only 1.0 is supported"),
     "partial rotary inside": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "only 1.0 is supported"),
     "rope of text": ({"rope_scaling": "linear"}, "must be an object"),
-    "rope kind": ({"rope_scaling": {"type": "longrope", "factor": 2}}, "supported are default, linear, dynamic"),
+    "rope kind": ({"rope_scaling": {"type": "ntk", "factor": 2}}, "supported are default, linear, dynamic"),
+    "longrope without factors": ({"rope_scaling": {"type": "longrope", "factor": 2}}, "must be 8 factors"),
+    "longrope of text": (
+        {"rope_scaling": {"type": "longrope", "long_factor": ["1"] * 8, "short_factor": [1] * 8}},
+        "must be numbers from",
+    ),
     "rope kind number": ({"rope_scaling": {"type": 3}}, "must be a string"),
     "rope factor": ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0"),
     "no rope factor": ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
@@ -267,8 +272,8 @@ def test_gguf_metadata_gives_the_same_configuration() -> None:
         ({"llama.attention.key_length": 32, "llama.attention.value_length": 32}, {}, {"head_dim": 32}),
         ({"llama.rope.freq_base": REMOVED}, {}, {"rope_theta": 10000.0}),
         ({"llama.attention.head_count_kv": REMOVED}, {}, {"num_kv_heads": 4}),
-        ({"llama.attention.sliding_window": 64}, {}, {"max_position": 64}),
-        ({"llama.attention.sliding_window": 0}, {}, {"max_position": 256}),
+        ({"llama.attention.sliding_window": 64}, {}, {"max_position": 256, "windows": (64, 64)}),
+        ({"llama.attention.sliding_window": 0}, {}, {"windows": ()}),
         ({"llama.expert_count": 0}, {}, {}),
         ({"llama.rope.scaling.type": "none"}, {}, {"rope_scaling": None}),
         ({"llama.rope.scale_linear": 2.0}, {}, {"rope_scaling": RopeScaling(RopeKind.LINEAR, 2.0, 256)}),

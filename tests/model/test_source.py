@@ -18,7 +18,7 @@ from safetensors.torch import save, save_file
 from vserve.errors import StartupError
 from vserve.model import source as source_module
 from vserve.model.encoder_source import Pooling, names_encoder, resolve_encoder
-from vserve.model.hub import HubSettings, cached, is_hub_id
+from vserve.model.hub import HubSettings, cached, environ_with, is_hub_id
 from vserve.model.source import SourceKind, resolve
 
 CONFIG = {
@@ -285,6 +285,8 @@ HUB_FILES = {
     "onnx/config.json": b"{}",
     "README.md": b"read me",
 }
+HUB_TOKENS: list[str | None] = []
+"""What each request to the hub showed."""
 
 
 class _Hub(BaseHTTPRequestHandler):
@@ -300,6 +302,7 @@ class _Hub(BaseHTTPRequestHandler):
         pass
 
     def _answer(self, *, with_body: bool) -> None:
+        HUB_TOKENS.append(self.headers.get("authorization"))
         path = self.path.split("?")[0]
         etags = {name: hashlib.sha1(content).hexdigest() for name, content in HUB_FILES.items()}
         status, body, headers = 404, b"{}", {}
@@ -370,6 +373,30 @@ def test_a_download_for_dummy_weights_leaves_the_weights_out(tmp_path: Path, hub
     environ = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub_address}
     source = resolve("org/name", environ=environ, need_weights=False)
     assert sorted(path.name for path in source.path.iterdir()) == ["config.json", "tokenizer.json"]
+
+
+def test_further_chat_templates_are_downloaded_too(
+    tmp_path: Path, hub_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(HUB_FILES, "chat_template.jinja", b"A")
+    monkeypatch.setitem(HUB_FILES, "additional_chat_templates/tool_use.jinja", b"B")
+    folder = resolve("org/name", environ={"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub_address}).path
+    assert (folder / "chat_template.jinja").read_bytes() == b"A"
+    assert (folder / "additional_chat_templates" / "tool_use.jinja").read_bytes() == b"B"
+
+
+def test_the_token_and_the_folder_of_the_flags_win_over_the_environments(
+    tmp_path: Path, hub_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "HUB_TOKENS", seen := [])
+    variables = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub_address, "HF_TOKEN": "hf_environment"}
+    given = environ_with(variables, str(tmp_path / "models"), "hf_flag")
+    assert resolve("org/name", environ=given).path.is_relative_to(tmp_path / "models")
+    assert "Bearer hf_flag" in seen
+    assert "hf_flag" not in repr(HubSettings.from_env(given))
+    assert environ_with(variables, None, None) == variables
+    assert resolve("org/name", environ=variables).path.is_relative_to(tmp_path / "home")
+    assert "Bearer hf_environment" in seen
 
 
 def test_a_model_the_hub_does_not_have_is_one_line(tmp_path: Path, hub_address: str) -> None:

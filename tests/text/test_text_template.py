@@ -15,7 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from vserve.errors import BadRequest, StartupError
 from vserve.text.sandbox import Bounds
-from vserve.text.template import ChatTemplate, ContentFormat, find_templates, missing_template
+from vserve.text.template import ChatTemplate, ContentFormat, find_templates, missing_template, read_template
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -399,6 +399,19 @@ def test_an_unreadable_template_names_its_file(tmp_path: Path, files: dict[str, 
     write(tmp_path, files)
     with pytest.raises(StartupError, match=next(iter(files))):
         find_templates(tmp_path)
+
+
+@pytest.mark.parametrize("given", ["{{ messages[0].content }}", "{% for m in messages %}\n{{ m }}\n{% endfor %}" * 200])
+def test_a_template_may_be_given_as_a_file_or_as_it_is(tmp_path: Path, given: str) -> None:
+    write(tmp_path, {"own.jinja": given})
+    assert read_template(given) == read_template(str(tmp_path / "own.jinja")) == given
+
+
+@pytest.mark.parametrize("given", ["", "nowhere.jinja", "chatml", "x" * 5000, "a\0b"])
+def test_what_is_neither_a_file_nor_a_template_is_one_line(given: str) -> None:
+    with pytest.raises(StartupError, match=r"--chat-template .* is neither a file nor a template") as caught:
+        read_template(given)
+    assert len(str(caught.value)) < 400
 
 
 def write(folder: Path, files: dict[str, str]) -> None:

@@ -1,7 +1,7 @@
 """Who may call: bearer keys, compared as hashes in constant time, their scopes, rates, quotas and prefix-cache salts.
 
 Holds no key in clear text after construction and never says which part of a key was wrong.  Knows no file: named keys
-are read by key_file.py.  Event-loop thread only.
+are read by key_file.py, and no issuer: access tokens are checked by vserve.oauth.  Event-loop thread only.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from vserve.api.quota import Goods, Ledger, Quota
 from vserve.errors import PermissionDenied, RateLimited, StartupError, Unauthorized
 from vserve.http.events import Headers
+from vserve.oauth.grants import Grants, Subject
 
+INFER = "infer"
 METRICS = "metrics"
-SCOPES = frozenset({"infer", "admin", METRICS})
+SCOPES = frozenset({INFER, "admin", METRICS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,32 @@ class Key:
         """The prefix-cache salt, 16 bytes.  That of a named key outlives a change of the key itself."""
         root = b"cache salt" + self.digest if self.name is None else b"cache salt of\0" + self.name.encode()
         return hashlib.sha256(root).digest()[:16]
+
+
+class Tokens(Protocol):
+    """The check of an issuer's access tokens."""
+
+    @property
+    def grants(self) -> Grants: ...
+
+    def check(self, token: str) -> Subject:
+        """Whom the token speaks for.  Raises Unauthorized, and Unavailable while that cannot be told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bearer:
+    """The caller of an access token: a subject of the issuer."""
+
+    subject: Subject
+
+    @property
+    def salt(self) -> bytes:
+        """The prefix-cache salt, 16 bytes: that of the subject, whatever its token."""
+        name = self.subject.name.encode("utf-8", "surrogatepass")
+        return hashlib.sha256(b"cache salt of subject\0" + name).digest()[:16]
+
+
+Caller = Key | Bearer
 
 
 @dataclass(slots=True)
@@ -65,6 +94,11 @@ class Keys:
         self._all = self._plain
         self._buckets: dict[str, _Bucket] = {}
         self._ledger = Ledger()
+        self._tokens: Tokens | None = None
+
+    def trust(self, tokens: Tokens) -> None:
+        """Take access tokens too: whatever is no key is then looked at as one."""
+        self._tokens = tokens
 
     def name(self, keys: Iterable[Key]) -> None:
         """Replace the named keys.  Raises StartupError, and changes nothing, when two are the same key."""
@@ -81,27 +115,34 @@ class Keys:
         self._ledger.keep(names)
 
     def guards(self, scope: str) -> bool:
-        """Whether a route of this scope asks for a key.  Metrics do only once a named key has that scope."""
+        """Whether a route asks for this scope.  Metrics do only once a named key, or an issuer's scope, opens them."""
         if scope == METRICS:
-            return any(key.name is not None and METRICS in key.scopes for key in self._all)
-        return bool(self._all)
+            granted = self._tokens is not None and bool(self._tokens.grants.that_open(METRICS))
+            return granted or any(key.name is not None and METRICS in key.scopes for key in self._all)
+        return bool(self._all) or self._tokens is not None
 
-    def check(self, authorization: str | None, scope: str) -> Key | None:
-        """The caller's key, None where none is asked for.
+    def check(self, authorization: str | None, scope: str) -> Caller | None:
+        """The caller, None where none is asked for.
 
-        authorization: the header's value, ``Bearer <key>``.  Raises Unauthorized for a missing or wrong key,
-        PermissionDenied for one without the scope.
+        authorization: the header's value, ``Bearer <key or access token>``.  Raises Unauthorized for a missing or
+        wrong one, PermissionDenied for one without the scope, Unavailable while tokens cannot be checked.
         """
         if not self.guards(scope):
             return None
         caller = self._caller(authorization)
-        if scope not in caller.scopes:
+        if isinstance(caller, Bearer):
+            if scope not in caller.subject.scopes:
+                assert self._tokens is not None
+                enough = " ".join(self._tokens.grants.that_open(scope))
+                challenge = f'error="insufficient_scope", scope="{enough}"'
+                raise PermissionDenied(f"The access token does not have the scope {scope}.", challenge=challenge)
+        elif scope not in caller.scopes:
             raise PermissionDenied(f"The API key does not have the scope {scope}.")
         return caller
 
-    def spend(self, caller: Key | None) -> RateLimited | None:
+    def spend(self, caller: Caller | None) -> RateLimited | None:
         """Count one request against the caller's quotas and rate; the 429, and nothing counted, when one is used up."""
-        if caller is None or caller.name is None:
+        if not isinstance(caller, Key) or caller.name is None:
             return None
         now_s = self._clock()
         refusal = self._ledger.refusal(caller.name, caller.quotas, now_s) if caller.quotas else None
@@ -111,14 +152,14 @@ class Keys:
             self._ledger.count(caller.name, caller.quotas, Goods.REQUESTS, 1, now_s)
         return refusal
 
-    def use(self, caller: Key | None, tokens: int) -> None:
+    def use(self, caller: Caller | None, tokens: int) -> None:
         """Count tokens of an answer that has ended, and of its prompt, against the caller's quotas."""
-        if caller is not None and caller.name is not None and caller.quotas and tokens > 0:
+        if isinstance(caller, Key) and caller.name is not None and caller.quotas and tokens > 0:
             self._ledger.count(caller.name, caller.quotas, Goods.TOKENS, tokens, self._clock())
 
-    def caller(self, authorization: str | None) -> Key | None:
-        """Whose key this is; None when no keys are configured.  Raises Unauthorized as check does."""
-        return self._caller(authorization) if self._all else None
+    def caller(self, authorization: str | None) -> Caller | None:
+        """Who this is; None when everyone may call.  Raises as check does."""
+        return self._caller(authorization) if self.guards(INFER) else None
 
     def _draw(self, name: str, requests_per_minute: float, now_s: float) -> RateLimited | None:
         """Take one request out of the key's bucket."""
@@ -136,21 +177,24 @@ class Keys:
         return None
 
     def salt(self, authorization: str | None) -> bytes:
-        """The caller's cache salt; b"" when no keys are configured.  Raises Unauthorized as check does."""
-        return self._caller(authorization).salt if self._all else b""
+        """The caller's cache salt; b"" when everyone may call.  Raises as check does."""
+        return self._caller(authorization).salt if self.guards(INFER) else b""
 
-    def _caller(self, authorization: str | None) -> Key:
+    def _caller(self, authorization: str | None) -> Caller:
         scheme, _, given = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not given.strip():
-            raise Unauthorized("An API key is required: send the header Authorization: Bearer <key>.")
+            what = "An API key" if self._tokens is None else "An API key or an access token"
+            raise Unauthorized(f"{what} is required: send the header Authorization: Bearer <key>.")
         hashed = _hash(given.strip())
         found: Key | None = None
         for known in self._all:  # all of them, whichever matches: the time must not tell
             if hmac.compare_digest(hashed, known.digest):
                 found = known
-        if found is None:
+        if found is not None:
+            return found
+        if self._tokens is None:
             raise Unauthorized("The API key is not valid.")
-        return found
+        return Bearer(self._tokens.check(given.strip()))
 
 
 def credentials(headers: Headers) -> str | None:

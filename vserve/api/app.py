@@ -15,20 +15,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from vserve.api.access import Key, Keys, credentials
+from vserve.api.access import Caller, Keys, credentials
 from vserve.api.defaults import Defaults
 from vserve.api.encoder import EncoderModel, EncoderServed
 from vserve.api.keepalive import KeepAlive
 from vserve.api.load import Usage
 from vserve.api.meter import SeriesMeter, engine_now
 from vserve.api.status import Lifecycle, Status
+from vserve.api.tracing import Exporter, Tracing
 from vserve.api.trail import Trails
 from vserve.bridge import Bridge
 from vserve.errors import ApiError, BadRequest, NotFound, RateLimited, Unavailable, shorten
 from vserve.http.exchange import Exchange
 from vserve.http.site import AccessEntry
+from vserve.oauth.grants import Flow
 from vserve.observe.heartbeat import Heartbeat
 from vserve.observe.metrics import EngineSeries, Metrics
+from vserve.observe.trace import TraceRing
 from vserve.scale.workers import LocalWorker, Workers
 from vserve.store.memory import MemoryStore
 from vserve.store.record import Store
@@ -50,7 +53,11 @@ _REFUSED = {401: "unauthorized", 403: "forbidden", 429: "overloaded"}
 class Options:
     """What the operator chose.  Times in seconds.
 
-    docs: /openapi.json is served.  long_text_chars: texts longer than this are rendered and tokenised off the loop.
+    rca: the routes under /debug are served.  rca_traces, rca_trace_bytes: bounds of the traces kept for them.
+    settings: what the server was started with, as JSON has it and without secrets, for them.
+    docs: /openapi.json and the pages are served.  root_path: what a proxy puts before every path, "" for nothing.
+    oauth2: how a browser gets an access token, None where /openapi.json does not say.
+    long_text_chars: texts longer than this are rendered and tokenised off the loop.
     resume_s, resume_streams, resume_bytes: how long, and how many, broken streams can be gone on with.
     tool_call_parser, reasoning_parser: the flags' values; "auto" is what the chat template shows.
     max_sequences: most choices of one request, over all its prompts.
@@ -60,6 +67,12 @@ class Options:
     api_keys: tuple[str, ...] = ()
     strict: bool = False
     docs: bool = True
+    rca: bool = False
+    rca_traces: int = 1000
+    rca_trace_bytes: int = 16 * 2**20
+    settings: Mapping[str, object] = field(default_factory=dict)
+    root_path: str = ""
+    oauth2: Flow | None = None
     keep_alive_s: float = 15.0
     request_timeout_s: float | None = None
     stall_timeout_s: float = 60.0
@@ -85,6 +98,15 @@ class Waiting(Protocol):
     @property
     def tokens(self) -> int:
         """Prompt tokens of those requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """What computes.  cuda_version: None where torch was built without; device: "cpu" or "cuda"."""
+
+    torch_version: str
+    cuda_version: str | None
+    device: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,16 +177,26 @@ class Ending(Protocol):
 class App:
     """One server's shared state.  Made before the model; ``ready`` brings the model in."""
 
-    def __init__(self, options: Options, store: Store | None = None) -> None:
-        """store: of responses; in memory with the default bounds where none is given."""
+    def __init__(self, options: Options, store: Store | None = None, exporter: Exporter | None = None) -> None:
+        """store: of responses; in memory with the default bounds where none is given.
+
+        exporter: takes the traces of finished requests.
+        """
         self.options = options
         self.store = store or MemoryStore()
+        self.runtime: Runtime | None = None  # once it is loaded
+        self.tracing: Tracing | None = None
+        if options.rca or exporter is not None:
+            ring = TraceRing(options.rca_traces, options.rca_trace_bytes) if options.rca else None
+            self.tracing = Tracing(ring, exporter)
         self.life = Lifecycle()
         self.keys = Keys(options.api_keys)
         self.keep_alive = KeepAlive(options.keep_alive_s)
         self.usage = Usage()
         self.trails = Trails(options.resume_s, options.resume_streams, options.resume_bytes)
         self.metrics = Metrics()
+        if self.tracing is not None:
+            self.tracing.show(self.metrics)
         self.metrics.stored = lambda: self.store.figures
         self.replies: set[Ending] = set()
         self.tasks: set[asyncio.Task[None]] = set()  # what goes on without a connection
@@ -206,6 +238,7 @@ class App:
             embedding=embedding,
         )
         model.bridge.on_stats = self.usage.observe
+        model.bridge.tracer = self.tracing
         series = EngineSeries(
             model.names[0],
             model.max_model_len,
@@ -334,16 +367,21 @@ class App:
     def exchanged(self, entry: AccessEntry) -> None:
         """Count a finished, refused or broken-off exchange (the access log's hook)."""
         self.metrics.exchange(entry.route, entry.method, entry.status, entry.duration_s)
+        if self.tracing is not None:
+            self.tracing.exchanged(entry)
 
     def refused(self, error: ApiError) -> None:
         """Count a request that was not let in."""
-        self.metrics.refused(_REFUSED.get(error.status) or self.status.value)
+        reason = _REFUSED.get(error.status)
+        if reason is None:  # a server that is ready lets in all it can tell who they are
+            reason = "issuer" if self.status is Status.READY else self.status.value
+        self.metrics.refused(reason)
 
     async def off_loop(self, work: Callable[[], T]) -> T:
         """Run work in the pool for long texts."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
-    def caller(self, exchange: Exchange) -> Key | None:
+    def caller(self, exchange: Exchange) -> Caller | None:
         """Whose key came with this request; None when no keys are configured."""
         return self.keys.caller(credentials(exchange.request.headers))
 

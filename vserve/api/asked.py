@@ -10,7 +10,9 @@ from typing import Protocol, TypeVar
 
 from vserve.api import body
 from vserve.api.app import App
-from vserve.http.exchange import Exchange
+from vserve.api.fields import Table, typed
+from vserve.errors import BadRequest
+from vserve.http.exchange import Exchange, Request
 
 T = TypeVar("T")
 
@@ -37,3 +39,13 @@ async def checked(app: App, served: Spoken, exchange: Exchange, parse: Parser[T]
         return parse(fields, served.vocab_size, app.options.strict)
 
     return read() if len(request.body) <= LONG_BODY_BYTES else await app.off_loop(read)
+
+
+def query_fields(request: Request, rows: Table) -> dict[str, object]:
+    """The fields of the query, as JSON would have them.  Raises BadRequest for one that is given twice."""
+    made: dict[str, object] = {}
+    for name, given in request.query_params().items():
+        if len(given) > 1:
+            raise BadRequest(f"`{name}` is given {len(given)} times.", param=name)
+        made[name] = typed(rows.get(name), given[0])
+    return made

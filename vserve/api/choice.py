@@ -7,8 +7,9 @@ Event-loop thread only.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from vserve.api.past import Past
@@ -129,7 +130,7 @@ class Choice:
         self.stop_reason: str | int | None = None
         self.timing: Timing | None = None
         self._reading = reading
-        self._plain = reading.plain
+        self._plain = False  # until the first tokens were read: they bring their times with them
         splitting = reading.splitting
         self._splitter = None
         if splitting is not None:
@@ -260,7 +261,8 @@ class Choice:
     def _read(self, emit: Emit, listener: Listener) -> None:
         if emit.cached_tokens and not self.num_tokens:
             self.cached_tokens = emit.cached_tokens
-        self.timing = emit.timing
+        if emit.timing is not None:
+            self.timing = emit.timing
         if emit.prompt_logprobs is not None:
             self._scores = emit.prompt_logprobs
         if emit.finish is FinishReason.TIMEOUT:
@@ -284,6 +286,8 @@ class Choice:
         if ended:
             self.finish, self.stop_reason = FinishReason.STOP, stop
             if emit.finish is None:
+                if self.timing is not None:  # the engine's own word on the end comes when nobody listens
+                    self.timing = replace(self.timing, finished_s=time.monotonic())
                 listener.cancel(self)
         elif emit.finish is not None:
             self.finish = emit.finish
@@ -292,7 +296,9 @@ class Choice:
             if self._splitter is not None and not self._has_its_call():
                 self._split(self._splitter.flush())
             listener.finished(self)
-        elif self._texts or self._parts or self._ids or self._drawn or self._scores is not None:
+            return
+        self._plain = self._reading.plain
+        if self._texts or self._parts or self._ids or self._drawn or self._scores is not None:
             listener.more(self)
 
     def _pass_on(self, ids: Sequence[int], listener: Listener) -> None:

@@ -13,6 +13,7 @@ from vserve.api.app import App
 from vserve.api.encoder import EncoderServed
 from vserve.api.encoding_requests import EncodingWanted
 from vserve.api.generation import deadline
+from vserve.api.tracing import trace_of
 from vserve.engine.encoding import Encoded, Encoding
 from vserve.errors import ApiError, BadRequest, DeadlineExceeded, EngineDied, InternalError
 from vserve.http.exchange import Exchange
@@ -94,7 +95,13 @@ async def encode(
         arrival_s=exchange.received_s,
         deadline_s=deadline_s,
     )
+    trace = trace_of(exchange)
+    if trace is not None:
+        trace.tokenised_s = trace.queued_s = time.monotonic()
+        trace.model, trace.prompt_tokens = served.model.names[0], sum(map(len, encoding.texts))
     encoded = await _Wait(app, served, exchange, encoding).run()
+    if trace is not None and encoded is not None and encoded.timed is not None:
+        trace.scheduled_s = encoded.timed.started_s
     if encoded is not None:
         app.keys.use(app.caller(exchange), sum(map(len, encoding.texts)))
     return encoded

@@ -9,11 +9,13 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from vserve.api.access import INFER
 from vserve.api.fields import Table
 from vserve.http.exchange import Handler
 
+__all__ = ["ADMIN", "INFER", "OPEN", "Body", "Doc", "Entry", "Need"]
+
 OPEN = "open"
-INFER = "infer"
 ADMIN = "admin"
 
 
@@ -28,10 +30,11 @@ class Need(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """A JSON body: the name of its schema and the field table that checks it."""
+    """A JSON body: the name of its schema, the field table that checks it, and a small one that works anywhere."""
 
     name: str
     rows: Table
+    example: dict[str, object] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,10 @@ class Doc:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One row: all paths and methods that one handler answers.  auth: OPEN, or the scope a key must have."""
+    """One row: all paths and methods that one handler answers.  auth: OPEN, or the scope a key must have.
+
+    page: for people to look at: not described in /openapi.json, nor answered when connections run out.
+    """
 
     name: str
     methods: Sequence[str]
@@ -66,3 +72,4 @@ class Entry:
     auth: str
     need: Need
     doc: Doc
+    page: bool = False

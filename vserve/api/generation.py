@@ -16,6 +16,7 @@ from vserve.api.reply import OPENAI, Dialect, Framing, Headers, Reply, WholeRepl
 from vserve.api.requests import Wanted
 from vserve.api.shapes import Head
 from vserve.api.stream import StreamReply
+from vserve.api.tracing import trace_of
 from vserve.api.trail import Trail
 from vserve.engine.request import GenRequest
 from vserve.errors import BadRequest, DeadlineExceeded, shorten
@@ -104,12 +105,16 @@ def ignored_header(names: Sequence[str]) -> Headers:
 
 def reply_head(served: Served, exchange: Exchange, wanted: Wanted, prefix: str) -> Head:
     """Id, time and model of a reply.  The client's own request id is part of the id, and no key to anything."""
-    return Head(
+    head = Head(
         id=prefix + (wanted.request_id or exchange.id.removeprefix("req-")),
         created_s=int(time.time()),
         model=served.name(wanted.model),
         fingerprint=served.fingerprint,
     )
+    trace = trace_of(exchange)
+    if trace is not None:
+        trace.reply_id = head.id
+    return head
 
 
 async def generate(
@@ -208,10 +213,17 @@ def _choices(app: App, served: Served, exchange: Exchange, order: Order, limited
     ]
     stop_ids = eos_ids.union(wanted.stop_token_ids)
     salt = app.salt(exchange, wanted.cache_salt)
+    tracing, trace = app.tracing, trace_of(exchange)
+    if trace is not None:
+        trace.tokenised_s = now
+        trace.model, trace.stream, trace.n = served.name(wanted.model), wanted.stream, wanted.n
+        trace.max_tokens, trace.temperature, trace.top_p = wanted.max_tokens, sampling.temperature, sampling.top_p
     choices: list[Choice] = []
     scores = 0
     for prompt in order.prompts:
         ids, max_tokens = fit(prompt, order, model.max_model_len)
+        if trace is not None:
+            trace.prompt_tokens += len(ids)
         if order.prompt_logprobs is not None:
             scores += len(ids) * wanted.n * (order.prompt_logprobs + 1)
             if scores > MAX_SCORES:
@@ -239,7 +251,10 @@ def _choices(app: App, served: Served, exchange: Exchange, order: Order, limited
                     deadline_s=deadline_s,
                     constraint=None if limited.grammar is None else limited.grammar.matcher(),
                     prompt_logprobs=order.prompt_logprobs,
+                    traced=trace is not None,
                 )
+                if trace is not None and tracing is not None:
+                    tracing.expect(trace, request.id, len(ids))
             choices.append(Choice(len(choices), i == 0, ids, request, reading, lead))
     _check_queue(app, choices)
     return choices

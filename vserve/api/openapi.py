@@ -13,11 +13,13 @@ from collections.abc import Sequence
 import orjson
 
 from vserve.api import reply_schema
+from vserve.api.accept import has_it
 from vserve.api.access import METRICS
 from vserve.api.app import App
-from vserve.api.entry import OPEN, Doc, Entry, Need
+from vserve.api.entry import INFER, OPEN, Doc, Entry, Need
 from vserve.api.fields import Schema, Table, object_schema
 from vserve.http.exchange import Exchange, Response
+from vserve.oauth.grants import Flow
 
 ABOUT = (
     "An OpenAI-compatible inference server.  A field without effect is named in the header x-ignored-params of the "
@@ -43,41 +45,60 @@ class OpenApi:
         made = self._made
         if made is None:
             made = self._made = await self._app.off_loop(self._make)
-        known = exchange.head.headers.get("if-none-match")
-        etag = made.headers[0][1]
-        if known is not None and (known.strip() == "*" or etag in re.split(r"[\s,]+", known.replace("W/", ""))):
+        if has_it(exchange.head.headers.get("if-none-match"), made.headers[0][1]):
             return Response(304, headers=made.headers)
         return made
 
     def _make(self) -> Response:
         options = self._app.options
-        data = orjson.dumps(describe(self._entries, options.version, options.strict))
+        said = describe(self._entries, options.version, options.strict, options.root_path, options.oauth2)
+        data = orjson.dumps(said)
         etag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
         return Response(200, data, headers=(("etag", etag), ("cache-control", "no-cache")))
 
 
-def describe(entries: Sequence[Entry], version: str, strict: bool) -> dict[str, object]:
-    """The OpenAPI 3.1 document.  strict: fields without effect are refused."""
+def describe(
+    entries: Sequence[Entry], version: str, strict: bool, root_path: str = "", oauth2: Flow | None = None
+) -> dict[str, object]:
+    """The OpenAPI 3.1 document.
+
+    strict: fields without effect are refused.  root_path: what clients put before every path.
+    """
     paths: dict[str, dict[str, object]] = {}
     schemas = dict(reply_schema.SCHEMAS)
-    for entry in entries:
+    for entry in (entry for entry in entries if not entry.page):
         for body in entry.doc.takes:
             schemas[body.name] = object_schema(body.rows, strict)
         for i, pattern in enumerate(entry.patterns):
             path = paths.setdefault(_PARAMETER.sub(r"{\1}", pattern), {})
             for j, method in enumerate(entry.methods):
-                path[method.lower()] = _operation(entry, method, pattern, strict, first=i == 0 and j == 0)
+                operation = _operation(entry, method, pattern, strict, first=i == 0 and j == 0)
+                path[method.lower()] = {**operation, "security": _security(entry, oauth2)}
     return {
         "openapi": "3.1.0",
         "info": {"title": "vserve", "version": version, "description": ABOUT},
+        **({"servers": [{"url": root_path}]} if root_path else {}),
+        "tags": [{"name": name, "description": said} for name, said in TAGS.items()],
         "paths": paths,
-        "components": {"schemas": schemas, "securitySchemes": SECURITY},
+        "components": {"schemas": schemas, "securitySchemes": SECURITY if oauth2 is None else _with_oauth2(oauth2)},
     }
 
 
+TAGS = {"Inference": "What the models do.", "Operation": "How the server is, and what it is."}
+
+
+def _tag(entry: Entry) -> str:
+    generates = "POST" in entry.methods or any(pattern.startswith("/v1/") for pattern in entry.patterns)
+    return "Inference" if entry.auth == INFER and generates else "Operation"
+
+
 SECURITY: Schema = {
-    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key: Authorization: Bearer <key>."},
-    "apiKey": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same key in its own header."},
+    "bearer": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "An API key, or an access token where the server takes those: `Authorization: Bearer KEY`.",
+    },
+    "apiKey": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same in its own header."},
 }
 
 
@@ -87,6 +108,7 @@ def _operation(entry: Entry, method: str, pattern: str, strict: bool, *, first: 
     made: dict[str, object] = {
         "operationId": entry.name if first else f"{entry.name}_{words}",
         "summary": doc.help,
+        "tags": [_tag(entry)],
         "responses": {**_responses(doc), **_refusals(entry, method, pattern)},
     }
     parameters = [_path_parameter(name) for name in _PARAMETER.findall(pattern)] + _query(doc.query)
@@ -96,11 +118,32 @@ def _operation(entry: Entry, method: str, pattern: str, strict: bool, *, first: 
         refs: list[Schema] = [reply_schema.ref(body.name) for body in doc.takes]
         schema: Schema = refs[0] if len(refs) == 1 else {"anyOf": list(refs)}
         required = any(row.required for body in doc.takes for row in body.rows.values()) or not doc.query
-        made["requestBody"] = {"required": required, "content": {"application/json": {"schema": schema}}}
-    keys: list[Schema] = [] if entry.auth == OPEN else [{"bearer": [entry.auth]}, {"apiKey": [entry.auth]}]
-    # Figures are open until a key has their scope.
-    made["security"] = [{}, *keys] if entry.auth == METRICS else keys
+        content: Schema = {"schema": schema}
+        if doc.takes[0].example is not None:
+            content["example"] = doc.takes[0].example
+        made["requestBody"] = {"required": required, "content": {"application/json": content}}
     return made
+
+
+def _security(entry: Entry, oauth2: Flow | None) -> list[Schema]:
+    """One of these is enough."""
+    if entry.auth == OPEN:
+        return []
+    tokens = () if oauth2 is None else oauth2.grants.that_open(entry.auth)
+    keys: list[Schema] = [{"bearer": [entry.auth]}, {"apiKey": [entry.auth]}]
+    keys += [{"oauth2": [theirs]} for theirs in tokens]
+    return [{}, *keys] if entry.auth == METRICS else keys  # figures are open until a key has their scope
+
+
+def _with_oauth2(oauth2: Flow) -> Schema:
+    opens = oauth2.grants.opens.items()
+    scopes = {theirs: f"The scope {' and '.join(sorted(ours))} of this server." for theirs, ours in opens}
+    flow: Schema = {
+        "authorizationUrl": oauth2.authorization_url,
+        "tokenUrl": oauth2.token_url,
+        "scopes": scopes,
+    }
+    return {**SECURITY, "oauth2": {"type": "oauth2", "flows": {"authorizationCode": flow}}}
 
 
 def _path_parameter(name: str) -> Schema:

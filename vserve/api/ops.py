@@ -1,11 +1,13 @@
 """Probes and figures for operators: ping, health, readiness, version, load, metrics.
 
-Every handler but metrics answers within data_received and waits for nothing.  Event-loop thread only.
+Every handler but metrics, and load where there is a GPU, answers within data_received and waits for nothing.
+Event-loop thread only.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 
 import orjson
 
@@ -51,15 +53,22 @@ class Ops:
         """200 once the start is over, whatever came after."""
         return self._report(self._app.status not in (Status.STARTING, Status.DEAD))
 
-    def load(self, exchange: Exchange) -> Response:
-        """How much there is to do and how busy the engine has been."""
+    def load(self, exchange: Exchange) -> Response | Awaitable[Response]:
+        """How much there is to do and how busy the GPU is; without one, how busy the engine has been."""
+        gpu = self._app.metrics.gpu
+        return self._load(None) if gpu is None else self._load_of(gpu)
+
+    async def _load_of(self, gpu: Callable[[], float | None]) -> Response:
+        return self._load(await self._app.off_loop(gpu))  # the driver may take a millisecond
+
+    def _load(self, busy: float | None) -> Response:
         app = self._app
         served = app.loaded
         figures: dict[str, object] = {
             "server_load": len(app.replies),
             "queue_size": 0,
             "active_workers": 0,
-            "gpu_utilization": round(app.usage.utilization(), 4),
+            "gpu_utilization": round(app.usage.utilization() if busy is None else busy, 4),
         }
         if served is not None:
             stats = served.model.bridge.stats
@@ -96,9 +105,9 @@ class Ops:
         app = self._app
         status, served = app.status, app.loaded
         fields: dict[str, object] = {"status": "ok" if good else "unavailable", "phase": app.life.phase}
-        if status is Status.STARTING:
-            share = app.life.stage.share
-            fields["progress"] = None if share is None else round(share, 4)
+        share = app.life.stage.share if status is Status.STARTING else 1.0
+        fields["progress"] = None if share is None or status is Status.DEAD else round(share, 4)
+        fields["heartbeat_age_s"] = None  # until there is an engine
         if served is not None:
             stats = served.model.bridge.stats
             bound_s = app.options.stall_timeout_s

@@ -44,6 +44,7 @@ def one_of(*values: str) -> Schema:
 _FINISH = one_of("stop", "length", "tool_calls", "abort", "error")
 _STOP_REASON: Schema = {"type": ["string", "integer", "null"]}
 _IDS = many(COUNT)
+_MS: Schema = {"type": "number", "description": "milliseconds"}
 _HEAD: Schema = {"id": STRING, "created": COUNT, "model": STRING, "system_fingerprint": STRING}
 _TOKEN: Schema = {"token": STRING, "logprob": NUMBER, "bytes": many(COUNT)}
 _CALL = record({"id": STRING, "type": const("function"), "function": record({"name": STRING, "arguments": STRING})})
@@ -53,10 +54,8 @@ _CALL_DELTA = record(
 )
 _REASONING: Schema = {"reasoning": or_null(STRING), "reasoning_content": or_null(STRING)}
 _PROBE: Schema = record(
-    {"status": STRING, "phase": STRING},
+    {"status": STRING, "phase": STRING, "progress": or_null(NUMBER), "heartbeat_age_s": or_null(NUMBER)},
     {
-        "progress": or_null(NUMBER),
-        "heartbeat_age_s": NUMBER,
         "reason": or_null(STRING),
         "running": COUNT,
         "waiting": COUNT,
@@ -449,7 +448,127 @@ SCHEMAS: Final[dict[str, Schema]] = {
             "error": or_null(STRING),
         }
     ),
+    "DebugVersion": record(
+        {
+            "version": STRING,
+            "git_hash": or_null(STRING),
+            "cuda_version": or_null(STRING),
+            "torch_version": or_null(STRING),
+            "python_version": STRING,
+            "device": or_null(STRING),
+            "platform": STRING,
+        }
+    ),
+    "DebugStats": record(
+        {
+            "num_running_requests": COUNT,
+            "num_waiting_requests": COUNT,
+            "num_swapped_requests": COUNT,
+            "gpu_cache_usage": NUMBER,
+            "cpu_cache_usage": NUMBER,
+            "avg_prompt_throughput": {**NUMBER, "description": "tokens a second over about ten seconds"},
+            "avg_generation_throughput": {**NUMBER, "description": "tokens a second over about ten seconds"},
+            "num_open_replies": COUNT,
+            "num_preemptions": COUNT,
+            "num_finished": COUNT,
+            "num_aborted": COUNT,
+            "num_steps": COUNT,
+            "utilization": NUMBER,
+            "prompt_tokens": COUNT,
+            "generation_tokens": COUNT,
+        }
+    ),
+    "DebugCache": record(
+        {
+            "num_free_gpu_blocks": COUNT,
+            "num_used_gpu_blocks": COUNT,
+            "gpu_cache_percent": NUMBER,
+            "num_free_cpu_blocks": COUNT,
+            "num_used_cpu_blocks": COUNT,
+            "num_cached_blocks": COUNT,
+            "prefix_cache_queries": COUNT,
+            "prefix_cache_hits": COUNT,
+            "prefix_cache_hit_rate": or_null(NUMBER),
+        }
+    ),
+    "DebugTrace": record(
+        {
+            "id": STRING,
+            "reply_id": or_null(STRING),
+            "trace_id": STRING,
+            "span_id": STRING,
+            "parent_span_id": or_null(STRING),
+            "route": STRING,
+            "method": STRING,
+            "model": or_null(STRING),
+            "stream": BOOL,
+            "n": COUNT,
+            "max_tokens": or_null(COUNT),
+            "temperature": or_null(NUMBER),
+            "top_p": or_null(NUMBER),
+            "received": {**NUMBER, "description": "Unix seconds; times in ms count from here"},
+            "admitted_ms": _MS,
+            "tokenised_ms": or_null(_MS),
+            "queued_ms": or_null(_MS),
+            "first_scheduled_ms": or_null(_MS),
+            "first_token_ms": or_null(_MS),
+            "ended_ms": or_null(_MS),
+            "status": or_null({"type": "integer"}),
+            "client_gone": BOOL,
+            "bytes_written": COUNT,
+            "prompt_tokens": COUNT,
+            "completion_tokens": COUNT,
+            "choices": many(ref("DebugChoice")),
+            "choices_left_out": COUNT,
+        }
+    ),
+    "DebugChoice": record(
+        {
+            "id": COUNT,
+            "index": COUNT,
+            "prompt_tokens": COUNT,
+            "cached_tokens": COUNT,
+            "completion_tokens": COUNT,
+            "queued_ms": or_null(_MS),
+            "first_scheduled_ms": or_null(_MS),
+            "prefill": many(record({"step": COUNT, "at_ms": _MS, "start": COUNT, "tokens": COUNT})),
+            "prefill_left_out": COUNT,
+            "first_token_ms": or_null(_MS),
+            "gaps": record({"count": COUNT}, {"p50_ms": _MS, "p99_ms": _MS, "max_ms": _MS}),
+            "preemptions": COUNT,
+            "preempted_ms": many(_MS),
+            "finish_reason": or_null(STRING),
+            "ended_ms": or_null(_MS),
+        }
+    ),
+    "ChromeTraces": record(
+        {
+            "displayTimeUnit": const("ms"),
+            "traceEvents": many(
+                record(
+                    {"name": STRING, "ph": one_of("X", "i", "M"), "ts": NUMBER, "pid": COUNT, "tid": COUNT},
+                    {"dur": NUMBER, "cat": STRING, "s": const("t"), "args": ANY_OBJECT},
+                )
+            ),
+        }
+    ),
+    "DebugTraces": {
+        "anyOf": [
+            record({"traces": many(ref("DebugTrace")), "ring": record({"kept": COUNT, "pushed_out": COUNT})}),
+            ref("ChromeTraces"),
+        ]
+    },
+    "DebugConfig": record(
+        {
+            "model_name": or_null(STRING),
+            "max_model_len": or_null(COUNT),
+            "embedding_model_name": or_null(STRING),
+            "num_gpu_blocks": COUNT,
+            "swap_space_bytes": COUNT,
+        }
+    ),
     "OpenApi": record(
         {"openapi": STRING, "info": ANY_OBJECT, "paths": ANY_OBJECT, "components": ANY_OBJECT},
+        {"servers": many(ANY_OBJECT), "tags": many(ANY_OBJECT)},
     ),
 }

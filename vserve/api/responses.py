@@ -15,6 +15,7 @@ import orjson
 from vserve.api.app import App, Served
 from vserve.api.asked import checked
 from vserve.api.chat import prepare
+from vserve.api.choice import Choice
 from vserve.api.fields import Field, Int, OneOf, Table, Text, Values, read, table, typed
 from vserve.api.generation import Order, choices, ignored_header
 from vserve.api.prompts import Message, text_of
@@ -37,6 +38,7 @@ from vserve.api.responses_request import (
 from vserve.api.responses_shelf import Shelf, owner
 from vserve.api.schema import STREAM
 from vserve.api.shapes import TokenText, server_timing
+from vserve.api.tracing import trace_of
 from vserve.errors import BadRequest, Conflict, InternalError, NotFound, shorten
 from vserve.http.exchange import Exchange, Response
 from vserve.store.record import Record, Status
@@ -74,7 +76,14 @@ class Responses:
         exchange.on_gone = None if asked.background else job.stop
         if asked.stream:
             # As with OpenAI: who leaves the stream of a response that is not in the background cancels it.
-            await Follower(exchange, app.keep_alive, job, headers=headers, on_gone=exchange.on_gone).run()
+            await Follower(
+                exchange,
+                app.keep_alive,
+                job,
+                headers=headers,
+                on_gone=exchange.on_gone,
+                timing=lambda: timing_header(job.choice),
+            ).run()
             return None
         if asked.background:
             return Response(200, orjson.dumps(job.now()), headers=headers)
@@ -162,9 +171,7 @@ class Responses:
         exchange.on_gone = None
         if job.status is Status.FAILED:
             raise job.error or InternalError("The response failed.")
-        if job.choice.timing is not None:
-            headers = (*headers, ("server-timing", server_timing([job.choice.timing])))
-        return Response(200, job.body, headers=headers)
+        return Response(200, job.body, headers=(*headers, *timing_header(job.choice)))
 
     async def _job(self, exchange: Exchange, served: Served, asked: ResponseRequest) -> tuple[Job, Headers]:
         """The response that is asked for, not started yet, and the headers of its reply."""
@@ -203,9 +210,17 @@ class Responses:
             words=TokenText(served.model.tokenizer, False) if asked.logprobs else None,
         )
         ignored = dict.fromkeys((*asked.ignored, *renamed(order.wanted.ignored, asked.source)))
+        trace = trace_of(exchange)
+        if trace is not None:
+            trace.reply_id, trace.stream = f"resp_{key}", asked.stream
         job = Job(app, served.model.bridge, choice, exchange.id, ticket)
         job.caller = app.caller(exchange)
         return job, ignored_header(tuple(ignored))
+
+
+def timing_header(choice: Choice) -> Headers:
+    """Where the time of a finished answer went, as far as that is known."""
+    return () if choice.timing is None else (("server-timing", server_timing([choice.timing])),)
 
 
 async def _order(app: App, served: Served, asked: ResponseRequest, said: Sequence[Message]) -> Order:

@@ -84,14 +84,19 @@ class Follower:
         after: int = -1,
         headers: Headers = (),
         on_gone: Callable[[], None] | None = None,
+        timing: Callable[[], Headers] | None = None,
     ) -> None:
-        """after: the sequence number of the last event that the client has.  on_gone: the client left early."""
+        """after: the sequence number of the last event that the client has.  on_gone: the client left early.
+
+        timing: the Server-Timing of the finished response, for a client that takes trailers.
+        """
         self._exchange = exchange
         self._keep_alive = keep_alive
         self._source = source
         self._after = after
         self._headers = headers
         self._on_gone = on_gone
+        self._timing = timing if exchange.takes_trailers else None
         self._telling = Telling(source.document)
         self._place = -1  # steps told; -1: nothing yet
         self._spoke = True
@@ -102,7 +107,8 @@ class Follower:
         """Send all events, those that are still to come included; returns when the client has them or is gone."""
         exchange = self._exchange
         exchange.on_gone, exchange.on_writable = self._gone, self.advance
-        exchange.start_stream(200, sse.CONTENT_TYPE, (*sse.HEADERS, *self._headers))
+        trailer = () if self._timing is None else (("trailer", "server-timing"),)
+        exchange.start_stream(200, sse.CONTENT_TYPE, (*sse.HEADERS, *self._headers, *trailer))
         self._keep_alive.add(self)
         self._source.follow(self)
         try:
@@ -142,7 +148,7 @@ class Follower:
             exchange.write(b"".join(events[max(0, self._after + 1 - number) :]))
             if last:
                 self._leave()
-                exchange.end()
+                exchange.end(() if self._timing is None else self._timing())
                 return
         if not self._due:
             self._due = True

@@ -12,6 +12,7 @@ import time
 from vserve.api.app import App, Served
 from vserve.api.choice import Choice
 from vserve.api.stream import Flow, StreamReply
+from vserve.api.tracing import trace_of
 from vserve.api.trail import FINISHED, Point, Trail
 from vserve.bridge import Bridge
 from vserve.engine.request import FinishReason
@@ -73,12 +74,15 @@ class ResumedReply(StreamReply):
         return self.counts().completion - sum(before.num_tokens for before in self._before)
 
     def _queue_unfinished(self) -> None:
+        tracing, trace = self._app.tracing, trace_of(self.exchange)
         for choice, before in zip(self._choices, self._before, strict=True):
             request = choice.request
             if request is None or before.complete:
                 continue
             if request.deadline_s is not None and request.deadline_s <= time.monotonic():
                 raise DeadlineExceeded("The request's deadline passed before its stream was gone on with.")
+            if tracing is not None and trace is not None:
+                tracing.expect(trace, request.id, len(request.prompt))
             self._queue(choice, request)
 
     def _go_over(self, choice: Choice, before: Choice) -> None:

@@ -6,14 +6,16 @@ Nothing else adds a route.  ``gate`` decides on a request before its body is rea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from vserve.api import messages_fields, schema
-from vserve.api.access import METRICS, Key, credentials
+from vserve.api.access import METRICS, Caller, credentials
 from vserve.api.app import App
 from vserve.api.batch import BATCH, Batch
 from vserve.api.chat import Chat
 from vserve.api.completions import Completions
+from vserve.api.debug import TRACES, Debug
 from vserve.api.embeddings import Embeddings
 from vserve.api.entry import ADMIN, INFER, OPEN, Body, Doc, Entry, Need
 from vserve.api.invocations import Invocations
@@ -21,13 +23,15 @@ from vserve.api.messages import Messages
 from vserve.api.models import Models
 from vserve.api.openapi import OpenApi
 from vserve.api.ops import Ops
+from vserve.api.pages import FILES, FOLDER, Pages
 from vserve.api.render import Render
 from vserve.api.responses import INPUT_ITEMS, RETRIEVE, Responses
 from vserve.api.scale import SCALE, Scale
 from vserve.api.score import Score
 from vserve.api.tokens import Tokens
+from vserve.api.tracing import Tracing
 from vserve.errors import ApiError
-from vserve.http.exchange import Headers
+from vserve.http.exchange import Handler, Headers
 from vserve.http.router import Route
 
 
@@ -47,9 +51,19 @@ def table(app: App) -> tuple[Entry, ...]:
     chat, completions, render, batch, scale = Chat(app), Completions(app), Render(app), Batch(app), Scale(app)
     embeddings, score, responses = Embeddings(app), Score(app), Responses(app)
     invocations = Invocations(app, {"messages": chat.create, "prompt": completions.create, "input": embeddings.create})
-    asks_embedding = Body("EmbeddingRequest", schema.EMBEDDINGS)
-    asks_chat = Body("ChatCompletionRequest", schema.CHAT)
-    asks_text = Body("CompletionRequest", schema.COMPLETIONS)
+    turns = [{"role": "user", "content": "What is the capital of France?"}]
+    asks_embedding = Body("EmbeddingRequest", schema.EMBEDDINGS, {"input": "What is the capital of France?"})
+    asks_chat = Body("ChatCompletionRequest", schema.CHAT, {"messages": turns, "max_tokens": 32, "stream": False})
+    asks_text = Body("CompletionRequest", schema.COMPLETIONS, {"prompt": "Once upon a time", "max_tokens": 32})
+    asks_response = Body("ResponseRequest", schema.RESPONSES, {"input": "Say hello.", "max_output_tokens": 32})
+    asks_messages = Body("MessagesRequest", messages_fields.MESSAGES, {"messages": turns, "max_tokens": 32})
+    asks_count = Body("CountTokensRequest", messages_fields.COUNT_TOKENS, {"messages": turns})
+    asks_batch = Body("BatchRequest", BATCH, {"messages": [turns, turns], "max_tokens": 8})
+    asks_score = Body("ScoreRequest", schema.SCORE, {"text_1": "A cat.", "text_2": ["A kitten.", "A stone."]})
+    asks_rank = Body("RerankRequest", schema.RERANK, {"query": "A cat.", "documents": ["A stone.", "A kitten."]})
+    asks_scale = Body("ScaleRequest", SCALE, {"new_data_parallel_size": 1})
+    asks_ids = Body("TokenizeRequest", schema.TOKENIZE, {"prompt": "Hello, world!"})
+    asks_words = Body("DetokenizeRequest", schema.DETOKENIZE, {"tokens": [40, 41, 42]})
     get, post, html = ("GET",), ("POST",), ("text/html",)
     rows = [
         Entry("ping", ("GET", "POST"), ("/ping",), ops.ping, OPEN, Need.NOTHING, Doc("The event loop turns.")),
@@ -108,7 +122,7 @@ def table(app: App) -> tuple[Entry, ...]:
         ),
         Entry(
             "batch", post, ("/v1/chat/completions/batch",), batch.create, INFER, Need.ROOM,
-            Doc("Go on with many conversations.", takes=(Body("BatchRequest", BATCH),), reply="ChatCompletion"),
+            Doc("Go on with many conversations.", takes=(asks_batch,), reply="ChatCompletion"),
         ),
         Entry(
             "render_chat", post, ("/v1/chat/completions/render",), render.chat, INFER, Need.MODEL,
@@ -126,8 +140,8 @@ def table(app: App) -> tuple[Entry, ...]:
         ),
         Entry(
             "responses", post, ("/v1/responses",), responses.create, INFER, Need.ROOM,
-            Doc("Answer, and keep the answer.", takes=(Body("ResponseRequest", schema.RESPONSES),), reply="Response",
-                events="ResponseEvent", fails=(409,)),
+            Doc("Answer, and keep the answer.", takes=(asks_response,), reply="Response", events="ResponseEvent",
+                fails=(409,)),
         ),
         # Nothing is needed of the model: what was stored can be had while it loads and while others drain.
         Entry(
@@ -153,16 +167,16 @@ def table(app: App) -> tuple[Entry, ...]:
         ),
         Entry(
             "score", post, ("/score", "/v1/score"), score.score, INFER, Need.ENCODER_ROOM,
-            Doc("How alike texts are.", takes=(Body("ScoreRequest", schema.SCORE),), reply="ScoreList"),
+            Doc("How alike texts are.", takes=(asks_score,), reply="ScoreList"),
         ),
         Entry(
             "rerank", post, ("/rerank", "/v1/rerank", "/v2/rerank"), score.rerank, INFER, Need.ENCODER_ROOM,
-            Doc("Documents in the order of how well they fit.", takes=(Body("RerankRequest", schema.RERANK),),
+            Doc("Documents in the order of how well they fit.", takes=(asks_rank,),
                 reply="Ranking"),
         ),
         Entry(
             "scale", post, ("/scale_elastic_ep",), scale.resize, ADMIN, Need.MODEL,
-            Doc("Change how many copies of the model there are.", takes=(Body("ScaleRequest", SCALE),), query=SCALE,
+            Doc("Change how many copies of the model there are.", takes=(asks_scale,), query=SCALE,
                 reply="Scaled"),
         ),
         Entry(
@@ -173,7 +187,7 @@ def table(app: App) -> tuple[Entry, ...]:
             "messages", post, ("/v1/messages",), messages.create, INFER, Need.ROOM,
             Doc(
                 "Go on with a conversation, in Anthropic's words.",
-                takes=(Body("MessagesRequest", messages_fields.MESSAGES),),
+                takes=(asks_messages,),
                 reply="Message",
                 events="MessageEvent",
                 error="MessagesError",
@@ -183,7 +197,7 @@ def table(app: App) -> tuple[Entry, ...]:
             "count_tokens", post, ("/v1/messages/count_tokens",), messages.count_tokens, INFER, Need.MODEL,
             Doc(
                 "How many tokens the model would read.",
-                takes=(Body("CountTokensRequest", messages_fields.COUNT_TOKENS),),
+                takes=(asks_count,),
                 reply="TokenCount",
                 error="MessagesError",
             ),
@@ -192,20 +206,72 @@ def table(app: App) -> tuple[Entry, ...]:
             "tokenize", post, ("/tokenize", "/v1/tokenize"), tokens.tokenize, INFER, Need.MODEL,
             Doc(
                 "Texts or a conversation as token ids.",
-                takes=(Body("TokenizeRequest", schema.TOKENIZE),),
+                takes=(asks_ids,),
                 reply="Tokenized",
             ),
         ),
         Entry(
             "detokenize", post, ("/detokenize", "/v1/detokenize"), tokens.detokenize, INFER, Need.MODEL,
-            Doc("Token ids as text.", takes=(Body("DetokenizeRequest", schema.DETOKENIZE),), reply="Detokenized"),
+            Doc("Token ids as text.", takes=(asks_words,), reply="Detokenized"),
         ),
     ]  # fmt: skip
     if app.options.docs:
         doc = Doc("This description.", reply="OpenApi")
         rows.append(Entry("openapi", get, ("/openapi.json",), openapi.get, OPEN, Need.NOTHING, doc))
+        rows += _pages(Pages(app))
+    if app.options.rca:
+        rows += _debug(app)
     openapi.cover(rows)
-    return tuple(rows)
+    return tuple(rows if app.tracing is None else [_traced(row, app.tracing) for row in rows])
+
+
+def _debug(app: App) -> list[Entry]:
+    """What --enable-rca adds."""
+    debug, get = Debug(app), ("GET",)
+    return [
+        Entry(
+            "debug_version", get, ("/debug/version",), debug.version, ADMIN, Need.NOTHING,
+            Doc("What runs here.", reply="DebugVersion"),
+        ),
+        Entry(
+            "debug_stats", get, ("/debug/stats",), debug.stats, ADMIN, Need.NOTHING,
+            Doc("What the engine does.", reply="DebugStats"),
+        ),
+        Entry(
+            "debug_cache", get, ("/debug/cache_stats",), debug.cache_stats, ADMIN, Need.NOTHING,
+            Doc("How full the KV cache is.", reply="DebugCache"),
+        ),
+        Entry(
+            "debug_traces", get, ("/debug/traces",), debug.traces, ADMIN, Need.NOTHING,
+            Doc("What the last requests went through.", query=TRACES, reply="DebugTraces"),
+        ),
+        Entry(
+            "debug_config", get, ("/debug/config",), debug.config, ADMIN, Need.NOTHING,
+            Doc("What the server was started with.", reply="DebugConfig"),
+        ),
+    ]  # fmt: skip
+
+
+def _traced(row: Entry, tracing: Tracing) -> Entry:
+    """The row, its requests traced where they bring work; a flood of probes must not push those out."""
+    if "POST" not in row.methods or row.need is Need.NOTHING:
+        return row
+    return replace(row, handler=tracing.handler(row.handler, row.name))
+
+
+def _pages(pages: Pages) -> list[Entry]:
+    html, files = ("text/html",), tuple(FOLDER + name for name in FILES)
+
+    def row(name: str, path: str, handler: Handler, help: str) -> Entry:
+        return Entry(name, ("GET",), (path,), handler, OPEN, Need.NOTHING, Doc(help, texts=html), page=True)
+
+    return [
+        row("home", "/", pages.home, "What is served, how it is doing, and a chat to try."),
+        row("docs", "/docs", pages.docs, "The API to read and to try: Swagger UI."),
+        row("oauth2_redirect", "/docs/oauth2-redirect", pages.redirect, "The end of Swagger UI's OAuth2 flow."),
+        row("redoc", "/redoc", pages.redoc, "The API to read: Redoc."),
+        Entry("page_files", ("GET",), files, pages.file, OPEN, Need.NOTHING, Doc("What pages are made of."), page=True),
+    ]
 
 
 def routes(entries: Sequence[Entry]) -> list[Route]:
@@ -218,7 +284,7 @@ def routes(entries: Sequence[Entry]) -> list[Route]:
             entry.name,
             auth=entry.auth,
             body=method == "POST" and entry.auth != OPEN,
-            vital=entry.auth in (OPEN, METRICS),
+            vital=entry.auth in (OPEN, METRICS) and not entry.page,
         )
         for entry in entries
         for pattern in entry.patterns
@@ -242,7 +308,7 @@ class Gate:
 
     def _refusal(self, head: HasHeaders, route: Route) -> ApiError | None:
         app, entry = self._app, self._entries.get(route.name)
-        caller: Key | None = None
+        caller: Caller | None = None
         if route.auth != OPEN:
             try:
                 caller = app.keys.check(credentials(head.headers), route.auth)

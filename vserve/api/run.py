@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from vserve.api.access import Key
+from vserve.api.access import Caller
 from vserve.api.app import App
 from vserve.api.choice import Choice
 from vserve.api.shapes import Counts
@@ -34,7 +34,7 @@ class Run:
         self._unfinished = len(choices)
         self._closed = False
         self._error: ApiError | None = None
-        self.caller: Key | None = None  # whose quotas the tokens count against
+        self.caller: Caller | None = None  # whose quotas the tokens count against
         self._queued = False
         self._timer: asyncio.TimerHandle | None = None
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -9,7 +9,8 @@ import orjson
 
 from vserve.api import body
 from vserve.api.app import App
-from vserve.api.fields import Field, Int, Table, read, table, typed
+from vserve.api.asked import query_fields
+from vserve.api.fields import Field, Int, Table, read, table
 from vserve.api.generation import ignored_header
 from vserve.errors import BadRequest
 from vserve.http.exchange import Exchange, Request, Response
@@ -56,12 +57,8 @@ class Scale:
 
 
 def _fields(request: Request, rows: Table) -> dict[str, object]:
-    """The fields of query and body together; numbers of the query are read as such."""
-    made: dict[str, object] = {}
-    for name, given in request.query_params().items():
-        if len(given) > 1:
-            raise BadRequest(f"`{name}` is given {len(given)} times.", param=name)
-        made[name] = typed(rows.get(name), given[0])
+    """The fields of query and body together."""
+    made = query_fields(request, rows)
     if request.body:
         for name, value in body.read(request.body, request.headers.get("content-type")).items():
             if name in made and made[name] != value and name in rows:

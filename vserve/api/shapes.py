@@ -181,8 +181,8 @@ def frame(head: bytes, choice: dict[str, object] | None, usage: dict[str, object
     return b"data: " + head + b',"choices":[' + inner + b"]" + extra + counts + b"}\n\n"
 
 
-def server_timing(timings: Sequence[Timing]) -> str:
-    """The Server-Timing value of a reply: milliseconds in the queue, in prefill and in decode.
+def server_timing(timings: Sequence[Timing], decoded: bool = True) -> str:
+    """The Server-Timing value of a reply: milliseconds in the queue, in prefill and, once decoded, in decode.
 
     Several choices run side by side: each phase lasts until the last of them leaves it.
     """
@@ -190,5 +190,7 @@ def server_timing(timings: Sequence[Timing]) -> str:
     scheduled = max(timing.scheduled_s for timing in timings)
     first = max(timing.first_token_s for timing in timings)
     finished = max(timing.finished_s for timing in timings)
-    spans = (("queue", arrival, scheduled), ("prefill", scheduled, first), ("decode", first, finished))
+    spans = [("queue", arrival, scheduled), ("prefill", scheduled, first)]
+    if decoded:
+        spans.append(("decode", first, finished))
     return ", ".join(f"{name};dur={max(0.0, end - begin) * 1e3:.1f}" for name, begin, end in spans)

@@ -15,6 +15,7 @@ import orjson
 from vserve.api.app import App
 from vserve.api.choice import Choice
 from vserve.api.reply import OPENAI, Dialect, Framing, Headers, Reply
+from vserve.api.shapes import server_timing
 from vserve.api.trail import ENDING, FINISHED, OPENING, Trail
 from vserve.bridge import Bridge
 from vserve.engine.request import FinishReason
@@ -23,6 +24,8 @@ from vserve.http import sse
 from vserve.http.exchange import Exchange
 
 log = logging.getLogger(__name__)
+
+TIMING = "server-timing"
 
 
 class Flow(enum.Enum):
@@ -94,9 +97,10 @@ class StreamReply(Reply):
         self._leave()
 
     def _leave(self) -> None:
-        """The last event is written."""
+        """The last event is written; only the times follow, for a client that takes them there."""
         self._flow = Flow.ENDED
-        self.exchange.end()
+        exchange = self.exchange
+        exchange.end(self._timing(decoded=True) if exchange.takes_trailers else ())
         self._wake()
 
     def report(self, error: ApiError) -> None:
@@ -133,7 +137,15 @@ class StreamReply(Reply):
     def _start(self) -> None:
         if self._flow is Flow.WAITING:
             self._flow = Flow.STARTED
-            self.exchange.start_stream(200, sse.CONTENT_TYPE, (*sse.HEADERS, *self._headers))
+            headers = (*sse.HEADERS, *self._headers, *self._timing(decoded=False))
+            if self.exchange.takes_trailers:
+                headers = (*headers, ("trailer", TIMING))
+            self.exchange.start_stream(200, sse.CONTENT_TYPE, headers)
+
+    def _timing(self, decoded: bool) -> Headers:
+        """What is known of the times of those choices that have begun."""
+        timings = [choice.timing for choice in self._choices if choice.timing is not None]
+        return ((TIMING, server_timing(timings, decoded)),) if timings else ()
 
     def _open(self) -> None:
         if self._flow is Flow.FLOWING:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vserve.engine.packing import Packed, Packer, Words, fits
 from vserve.engine.sequence import Plan, Results
-from vserve.engine.shapes import ENTRY_WORDS, UPDATE_WORDS, Buckets, Layout, Shape
+from vserve.engine.shapes import ENTRY_WORDS, MAX_GRAPH_TOKENS, UPDATE_WORDS, Buckets, Layout, Shape
 from vserve.engine.special import CANNOT_DRAW, Answers, SpecialDraws, answers_for
 from vserve.kernels import ahead, sampling
 from vserve.kernels import rows as row_kernels
@@ -38,7 +38,6 @@ SLOTS: Final = 4
 """Host buffers of steps in flight; the loop keeps two in flight at most."""
 WISHES: Final = 32
 """After so many steps padded to a larger graph, a shape gets its own between two steps: some 30 ms, once."""
-MAX_GRAPH_TOKENS: Final = 2048
 PADDING_MOST: Final = 2.0
 CHEAP_TOKENS: Final = 256
 """A mixed step takes a larger graph than its own only up to so many times its tokens, or so many tokens, of which the
@@ -287,7 +286,16 @@ class CudaRunner:
                 inputs,
             )
             starts, logit_rows, draw_rows = fields["starts"], fields["draw_tokens"], fields["draw_rows"]
-        plan = StepPlan(inputs.cos, inputs.sin, inputs.slots, starts, inputs.context_lens, inputs.tables, shape.decodes)
+        plan = StepPlan(
+            inputs.cos,
+            inputs.sin,
+            inputs.slots,
+            starts,
+            inputs.context_lens,
+            inputs.tables,
+            shape.decodes,
+            fields["positions"],
+        )
         # One buffer for all: a graph that kept its own would hold on to hundreds of megabytes.
         decoder, pairs = self._layers
         further = None
@@ -340,7 +348,8 @@ class CudaRunner:
             return 0
         assert not self._captured
         whole = self._layers
-        self._layers = self._decoder.ends(), (self._cache.pairs[0], self._cache.pairs[-1])
+        ends = self._decoder.ends()
+        self._layers = ends, self._cache.pairs[: ends.num_layers]
 
         def work() -> None:
             for shape in shapes:

@@ -89,6 +89,7 @@ class GenRequest:
     stop_ids: ids that end the sequence (the end-of-text ids are in it unless ignore_eos was asked for).
     cache_salt: blocks of the prefix cache are shared only among requests of the same salt.
     priority: lower is served earlier; equal ones by arrival.  arrival_s, deadline_s: time.monotonic() seconds.
+    traced: its chunks and preemptions are noted in its last Timing.
     """
 
     id: RequestId
@@ -104,6 +105,7 @@ class GenRequest:
     continued: Sequence[int] = ()
     constraint: Constraint | None = None
     prompt_logprobs: int | None = None
+    traced: bool = False
 
     def behind(self, drawn: Sequence[int], id: RequestId, arrival_s: float) -> GenRequest:
         """This request again, to go on behind the tokens drawn so far.  The prompt's scores came with the first."""
@@ -142,15 +144,28 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
+Chunk = tuple[int, float, int, int]
+"""Prompt tokens that one step took: its number, when it was planned, the first token's place, how many.
+
+A plain tuple: a traced step makes one a chunk.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """time.monotonic() seconds of a sequence's life, for Server-Timing and histograms."""
+    """time.monotonic() seconds of a sequence's life, for Server-Timing, histograms and traces.
+
+    chunks, preempted_s: where the request is traced; the first of them, with chunks_left_out the number of the others.
+    """
 
     arrival_s: float
     scheduled_s: float
     first_token_s: float
     finished_s: float
     preemptions: int = 0
+    chunks: tuple[Chunk, ...] = ()
+    chunks_left_out: int = 0
+    preempted_s: tuple[float, ...] = ()
 
 
 class Emit(NamedTuple):
@@ -158,8 +173,9 @@ class Emit(NamedTuple):
 
     ids: new token ids in order; empty only together with finish.  stop_id: set when finish is STOP and the last of
     ids is that stop id (it counts as a generated token; its text is not shown).  logprobs: one a token of ids, or
-    None.  cached_tokens: prompt tokens found in the prefix cache.  timing and error accompany finish; an
-    error that is a RequestFault is the client's.
+    None.  cached_tokens: prompt tokens found in the prefix cache.  timing: with the finish, and with the
+    first token (whose time is then the end, too).  error accompanies finish; one that is a RequestFault is the
+    client's.
     prompt_logprobs: with the first ids (or the finish), where they were asked for: one a prompt token but the first.
     """
 

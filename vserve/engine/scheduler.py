@@ -122,6 +122,8 @@ class Scheduler:
         self._prefilling = 0
         self._waiting_tokens = 0
         self._arrivals = 0
+        self._planned = 0  # steps planned; they are committed in that order, so each is that number's step
+        self._now_s = 0.0  # of the plan that is being made
         self._next_deadline_s: float | None = None
         self._steps = 0
         self._prompt_tokens = 0
@@ -242,6 +244,7 @@ class Scheduler:
         works: list[Work] = []
         full: dict[bytes, int] = {}  # key -> block that this step completes
         self._scorings, self._score_room = [], self.limits.max_scored_tokens
+        self._now_s = now_s
         self._plan_decodes(works, full)
         decodes = len(works)
         room, spent = self._room(decodes), 0
@@ -253,7 +256,10 @@ class Scheduler:
         if self._waiting:
             spent = self._admit(room, spent, works, full, now_s)
         self._prefix.name(full)
-        return Plan(works, decodes, decodes + spent, self._scorings) if works else None
+        if not works:
+            return None
+        self._planned += 1
+        return Plan(works, decodes, decodes + spent, self._scorings)
 
     def _room(self, decodes: int) -> _Room:
         """Prompt tokens for a step of so many decodes."""
@@ -319,6 +325,8 @@ class Scheduler:
         works.append(Work(sequence, start, count, samples, False))
         sequence.planned = start + count
         sequence.in_flight += 1
+        if sequence.history is not None:
+            sequence.history.chunk(self._planned + 1, self._now_s, start, count)
         if samples:
             sequence.pending += 1
             sequence.move(Cause.PROMPT_DONE)
@@ -453,15 +461,17 @@ class Scheduler:
             return self._end(sequence, FinishReason.LENGTH, now_s)
         sequence.tokens.append(token)
         self._generated_tokens += 1
+        timing: Timing | None = None
         if sequence.first_token_s is None:
             sequence.first_token_s = now_s
             self._prompt_tokens += sequence.prompt_length
+            timing = sequence.timing(now_s)
         entry = None if logprobs is None else (logprobs,)
         if token in sequence.stop_ids:
             return self._end(sequence, FinishReason.STOP, now_s, ids=(token,), stop_id=token, logprobs=entry)
         if len(sequence.tokens) >= sequence.max_length:
             return self._end(sequence, FinishReason.LENGTH, now_s, ids=(token,), logprobs=entry)
-        return Emit(sequence.id, (token,), None, None, entry, sequence.cached_tokens or 0)
+        return Emit(sequence.id, (token,), None, None, entry, sequence.cached_tokens or 0, timing)
 
     def _end(
         self,
@@ -489,9 +499,6 @@ class Scheduler:
         self._part(sequence)
         self._finished += 1
         self._aborted += reason is FinishReason.CANCELLED
-        # A phase that was never reached has the time of the end.
-        scheduled_s = now_s if sequence.scheduled_s is None else sequence.scheduled_s
-        first_s = now_s if sequence.first_token_s is None else sequence.first_token_s
         return Emit(
             id=sequence.id,
             ids=ids,
@@ -499,7 +506,7 @@ class Scheduler:
             stop_id=stop_id,
             logprobs=logprobs,
             cached_tokens=sequence.cached_tokens or 0,
-            timing=Timing(sequence.request.arrival_s, scheduled_s, first_s, now_s, sequence.preemptions),
+            timing=sequence.timing(now_s),
             error=error,
         )
 
@@ -523,6 +530,8 @@ class Scheduler:
         victim.move(Cause.PREEMPTED)
         victim.planned = 0
         victim.preemptions += 1
+        if victim.history is not None:
+            victim.history.preempted(self._now_s)
         self._preemptions += 1
         self._queue(victim)
         self._part(victim)

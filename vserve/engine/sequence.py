@@ -12,7 +12,10 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from vserve.engine.request import FinishReason, GenRequest, RequestId, TokenLogprobs
+from vserve.engine.request import Chunk, FinishReason, GenRequest, RequestId, Timing, TokenLogprobs
+
+MOST_CHUNKS = 256
+"""Chunks and preemptions of one sequence that a trace keeps: the first."""
 
 
 class State(enum.Enum):
@@ -44,6 +47,29 @@ _NEXT = {
 }
 
 
+class History:
+    """What a traced sequence has been through: its first chunks and preemptions."""
+
+    __slots__ = ("chunks", "left_out", "preempted_s")
+
+    def __init__(self) -> None:
+        self.chunks: list[Chunk] = []
+        self.left_out = 0
+        self.preempted_s: list[float] = []
+
+    def chunk(self, step: int, at_s: float, start: int, tokens: int) -> None:
+        """A step took so many tokens from start on."""
+        if len(self.chunks) < MOST_CHUNKS:
+            self.chunks.append((step, at_s, start, tokens))
+        else:
+            self.left_out += 1
+
+    def preempted(self, at_s: float) -> None:
+        """It lost its blocks."""
+        if len(self.preempted_s) < MOST_CHUNKS:
+            self.preempted_s.append(at_s)
+
+
 class Sequence:
     """A request on its way.  The scheduler alone changes it; batch and sampler read it while they build a step.
 
@@ -55,6 +81,7 @@ class Sequence:
     needs_ids: its next draw is planned only once the one before it is known.  scored: how many prompt tokens had
     their log-probabilities planned, the first one included, which has none; the whole prompt where none are wanted.
     scores: those that have come; None where none are wanted, or once they were handed on.
+    history: None where the request is not traced.
     """
 
     __slots__ = (
@@ -63,6 +90,7 @@ class Sequence:
         "deadline_s",
         "finish",
         "first_token_s",
+        "history",
         "id",
         "in_flight",
         "keys",
@@ -111,6 +139,17 @@ class Sequence:
         self.preemptions = 0
         self.scheduled_s: float | None = None
         self.first_token_s: float | None = None
+        self.history = History() if request.traced else None
+
+    def timing(self, now_s: float) -> Timing:
+        """Its times; a phase that was never reached has the time of now."""
+        scheduled_s = now_s if self.scheduled_s is None else self.scheduled_s
+        first_s = now_s if self.first_token_s is None else self.first_token_s
+        arrival_s, history = self.request.arrival_s, self.history
+        if history is None:
+            return Timing(arrival_s, scheduled_s, first_s, now_s, self.preemptions)
+        chunks, preempted_s = tuple(history.chunks), tuple(history.preempted_s)
+        return Timing(arrival_s, scheduled_s, first_s, now_s, self.preemptions, chunks, history.left_out, preempted_s)
 
     def move(self, cause: Cause) -> None:
         """Follow the table; KeyError is a bug in the scheduler."""

@@ -25,6 +25,8 @@ TOKEN_BUCKETS = (16, 32, 64, 128, 256, 384, 512, 640, 768, 1024, 1280, 1536, 204
 """Tokens of a mixed step that has a graph."""
 COARSE_TOKENS = 64
 """Steps of more tokens than the largest bucket are padded to a multiple of this."""
+MAX_GRAPH_TOKENS = 2048
+"""Tokens of the largest step that is worth a graph."""
 MIXED_CHUNKS = 32
 """Prompt chunks that a step of a bucket has room for."""
 

@@ -73,7 +73,7 @@ class Channel(Protocol):
     def reply(self, exchange: Exchange, response: Response) -> None: ...
     def start_stream(self, exchange: Exchange, status: int, content_type: str, headers: Fields) -> None: ...
     def write(self, exchange: Exchange, data: bytes) -> None: ...
-    def end(self, exchange: Exchange) -> None: ...
+    def end(self, exchange: Exchange, trailers: Fields = ()) -> None: ...
     def abort(self, exchange: Exchange) -> None: ...
 
 
@@ -88,6 +88,7 @@ class Exchange:
     gone: the client has vanished; on_gone is called once when that happens before the reply has ended (a task of an
     async handler is cancelled right after it).  on_writable is called when writing may go on.
     received_s: clock of the server when the head was complete.
+    note: the application's own, handed on with the AccessEntry; nothing here looks at it.
     """
 
     __slots__ = (
@@ -98,6 +99,7 @@ class Exchange:
         "gone",
         "head",
         "id",
+        "note",
         "on_gone",
         "on_writable",
         "params",
@@ -123,6 +125,7 @@ class Exchange:
         self.received_s = received_s
         self.route = route
         self.params: Mapping[str, str] = params if params is not None else {}
+        self.note: object = None
         self.gone = False
         self.on_gone: Callable[[], None] | None = None
         self.on_writable: Callable[[], None] | None = None
@@ -178,11 +181,17 @@ class Exchange:
         if channel is not None:
             channel.write(self, data)
 
-    def end(self) -> None:
-        """Complete the streamed reply."""
+    @property
+    def takes_trailers(self) -> bool:
+        """Whether fields may follow a streamed reply: it is chunked, and the client has said so (RFC 9110 6.5.1)."""
+        coding = self.head.headers.find("te")
+        return coding is not None and self.head.version == (1, 1) and "trailers" in coding.lower()
+
+    def end(self, trailers: Fields = ()) -> None:
+        """Complete the streamed reply.  trailers: fields behind it, where the client takes them."""
         channel = self._open()
         if channel is not None:
-            channel.end(self)
+            channel.end(self, trailers)
 
     def abort(self) -> None:
         """Cut the connection: the client sees that the reply is broken.  on_gone is not called."""
@@ -212,4 +221,4 @@ SyncHandler = Callable[[Exchange], Response | None]
 AsyncHandler = Callable[[Exchange], Awaitable[Response | None]]
 """Runs as one task; None as for SyncHandler."""
 
-Handler = SyncHandler | AsyncHandler
+Handler = Callable[[Exchange], Response | Awaitable[Response | None] | None]

@@ -57,11 +57,11 @@ class Outbox:
         self._surplus += len(data)
         return self._surplus <= self._limits.stream_buffer_bytes
 
-    def close_stream(self) -> None:
-        """The stream is complete."""
+    def close_stream(self, trailers: bytes = b"") -> None:
+        """The stream is complete.  trailers: field lines that follow it, where it is framed as chunks."""
         self._seal()
         if self._chunked:
-            self._parts.append(LAST_CHUNK)
+            self._parts.append(LAST_CHUNK if not trailers else b"0\r\n%b\r\n" % trailers)
         self._chunked = False
 
     def flush(self) -> None:

@@ -14,7 +14,7 @@ from vserve.http.exchange import Exchange, Fields, Response
 from vserve.http.link import Ending, Link
 from vserve.http.site import AccessEntry, Site, log
 from vserve.http.state import Cause, State
-from vserve.http.writer import CLOSE, KEEP, KEEP_1_0
+from vserve.http.writer import CLOSE, KEEP, KEEP_1_0, format_fields, server_timing
 
 STALL_LOOKS = 4
 """How often within write_stall_s a connection that writes is looked at."""
@@ -50,6 +50,7 @@ class Replies(Link):
         # 9.3 and 9.6: with content unread the next request could not be found, so the connection ends.
         keep = self._state is State.HANDLING and self._may_keep(head, response.headers)
         persistence = CLOSE if not keep else KEEP if head.version == (1, 1) else KEEP_1_0
+        persistence += server_timing(self._site.clock() - exchange.received_s)
         head_only = head.method == "HEAD"
         self._outbox.put(self._serialise(response, exchange.id, persistence, head_only))
         exchange.status = response.status
@@ -65,13 +66,14 @@ class Replies(Link):
             headers = (*headers, *site.hooks.reply_headers(head))
         chunked = head.version == (1, 1)  # 6.1: no transfer coding to a 1.0 client; 6.3 (8): the close ends it
         self._keep = chunked and self._may_keep(head, headers)
-        persistence = KEEP if self._keep else CLOSE
+        now_s = site.clock()
+        persistence = (KEEP if self._keep else CLOSE) + server_timing(now_s - exchange.received_s)
         data = site.writer.stream_head(status, content_type, headers, exchange.id, persistence, chunked=chunked)
         self._move(Cause.STREAMED)
         exchange.status = status
         self._outbox.put(data)
         self._outbox.open_stream(chunked=chunked and head.method != "HEAD")
-        self.deadline_s = site.clock() + site.limits.write_stall_s / STALL_LOOKS
+        self.deadline_s = now_s + site.limits.write_stall_s / STALL_LOOKS
         self._flush_soon()
 
     def write(self, exchange: Exchange, data: bytes) -> None:
@@ -91,11 +93,12 @@ class Replies(Link):
         else:
             self._transport.abort()
 
-    def end(self, exchange: Exchange) -> None:
+    def end(self, exchange: Exchange, trailers: Fields = ()) -> None:
         """Complete the streamed reply."""
         if self._state is not State.STREAMING:
             raise RuntimeError("no streamed reply has begun")
-        self._outbox.close_stream()
+        lines = format_fields(trailers).encode("latin-1") if trailers and exchange.takes_trailers else b""
+        self._outbox.close_stream(lines)
         # Asked again: the server may have begun to drain since, and the client learns it by the close.
         self._finish(exchange, keep=self._keep and not self._site.draining)
 
@@ -173,6 +176,7 @@ class Replies(Link):
             request_id=request_id,
             peer=self.peer,
             gone=exchange is not None and exchange.gone,
+            note=None if exchange is None else exchange.note,
         )
         try:
             site.hooks.access_log(entry)

@@ -45,6 +45,7 @@ class AccessEntry:
 
     method and route are None when no head could be parsed or no route matched; method is the client's own word.
     status 0: the client vanished before a reply began.  body_bytes: content sent, without transfer coding.
+    note: the exchange's.
     """
 
     method: str | None
@@ -55,6 +56,7 @@ class AccessEntry:
     request_id: str
     peer: str
     gone: bool
+    note: object = None
 
 
 RenderError = Callable[[ApiError, Exchange | None], Response]

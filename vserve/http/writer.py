@@ -35,7 +35,10 @@ class Writer:
         self._starts: dict[tuple[int, str], str] = {}
 
     def reply(self, response: Response, request_id: str, persistence: str, head_only: bool = False) -> bytes:
-        """A whole reply.  persistence: KEEP, CLOSE or KEEP_1_0.  ValueError for a header that is no header."""
+        """A whole reply.  persistence: KEEP, CLOSE or KEEP_1_0, and further lines of fields.
+
+        ValueError for a header that is no header.
+        """
         body, status = response.body, response.status
         start = self._start(status, response.content_type if body else "")
         fields = format_fields(response.headers) if response.headers else ""
@@ -78,6 +81,11 @@ def format_fields(headers: Fields) -> str:
         if name.lower() not in _OWN:
             lines.append(f"{name}: {_value(value)}\r\n")
     return "".join(lines)
+
+
+def server_timing(total_s: float) -> str:
+    """The line that says how long the reply, or its head, took to make (W3C Server Timing)."""
+    return f"server-timing: total;dur={total_s * 1e3:.2f}\r\n"
 
 
 def chunk(data: bytes) -> bytes:

@@ -1,21 +1,28 @@
 """What a decoder must know of a model before it reads a tensor: ``ModelConfig``, from config.json or GGUF metadata.
 
-Owns the list of supported architectures and every check of their numbers; both sources are untrusted.  Knows nothing
-of files, tensors or devices.
+Owns the list of supported architectures and what may differ between them; how each is read is its family's
+(vserve.model.families).  Knows nothing of files, tensors or devices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
-from vserve.errors import StartupError, shorten
-from vserve.model.fields import Fields
-from vserve.model.rope_scaling import MAX_POSITION, MAX_THETA, RopeKind, RopeScaling, read_gguf, read_json
+from vserve.model.rope_scaling import MAX_POSITION, RopeKind, RopeScaling
 
-__all__ = ["MAX_POSITION", "Architecture", "ModelConfig", "RopeKind", "RopeScaling"]
+__all__ = [
+    "MAX_POSITION",
+    "Activation",
+    "Architecture",
+    "Experts",
+    "ModelConfig",
+    "NormKind",
+    "RopeKind",
+    "RopeScaling",
+]
 
 MAX_LAYERS: Final = 1024
 MAX_WIDTH: Final = 1 << 18
@@ -23,6 +30,7 @@ MAX_HEADS: Final = 1 << 12
 MAX_HEAD_DIM: Final = 1 << 12
 MAX_INTERMEDIATE: Final = 1 << 21
 MAX_VOCAB: Final = 1 << 23
+MAX_EXPERTS: Final = 1 << 12
 
 
 class Architecture(StrEnum):
@@ -30,15 +38,68 @@ class Architecture(StrEnum):
 
     LLAMA = "LlamaForCausalLM"
     MISTRAL = "MistralForCausalLM"
+    QWEN2 = "Qwen2ForCausalLM"
+    QWEN3 = "Qwen3ForCausalLM"
+    QWEN3_MOE = "Qwen3MoeForCausalLM"
+    MIXTRAL = "MixtralForCausalLM"
+    PHI3 = "Phi3ForCausalLM"
+    GEMMA2 = "Gemma2ForCausalLM"
+    GEMMA3 = "Gemma3ForCausalLM"
+    OPT = "OPTForCausalLM"
+    GPT2 = "GPT2LMHeadModel"
+
+
+class NormKind(StrEnum):
+    """rms: RMS norm.  rms_plus_one: RMS norm whose weight is stored less 1.  layer: LayerNorm with a bias."""
+
+    RMS = "rms"
+    RMS_PLUS_ONE = "rms_plus_one"
+    LAYER = "layer"
+
+
+class Activation(StrEnum):
+    """The function of an MLP; gelu_tanh is the approximation that files call gelu_new or gelu_pytorch_tanh."""
+
+    SILU = "silu"
+    RELU = "relu"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts in place of the MLP: of count gated MLPs a token takes the `active` with the largest scores.
+
+    intermediate_size: of one expert.  normalised: the weights of a token's experts sum to 1; else they are the
+    probabilities over all.  dense_layers: layers that have a plain MLP.
+    """
+
+    count: int
+    active: int
+    intermediate_size: int
+    normalised: bool
+    dense_layers: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """The shape and the constants of a decoder; every number is checked and the heads divide evenly.
 
-    max_position: the longest sequence in tokens.  rope_scaling: None for plain rotary embedding.  dtype: the type the
-    checkpoint was saved in ("bfloat16"), None when the file does not say.  bos_id, eos_ids: as the model's own
-    configuration names them; generation_config.json may name others.
+    max_position: the longest sequence in tokens.  norm_eps: of every norm.  rope_scaling: None for plain rotary
+    embedding.  dtype: the type the checkpoint was saved in ("bfloat16"), None when the file does not say.  bos_id,
+    eos_ids: as the model's own configuration names them; generation_config.json may name others.
+
+    attention_bias: of queries, keys and values; output_bias: of the projection behind them.
+    gated: the MLP is down(f(gate x) * up x); else down(f(up x)).  post_norm: norms follow the sums instead of leading
+    to the layers.  sandwich: each layer's result is normalised too, before it is added (Gemma).
+    final_norm: a norm precedes the head.  qk_norm: each head of the queries and keys is normalised.
+    windows: for each layer the tokens that its attention sees, the own one included, None for all; () for all in all.
+    local_rope_theta: of the layers with a window, whose rotation is not scaled; None: the same as everywhere.
+    rotary_dim: the first so many numbers of a head are rotated; None: all.
+    position_offset: positions are learned vectors, of which the first so many are spare; None: rotary embedding.
+    attention_scale: of the scores; None: head_dim ** -0.5.  attention_softcap, logit_softcap: c tanh(x / c) of them.
+    embedding_size: the width of embedding and head when a projection joins them to the model; None: hidden_size.
+    transposed: linear weights are stored [inputs, outputs].
     """
 
     architecture: Architecture
@@ -50,7 +111,7 @@ class ModelConfig:
     intermediate_size: int
     vocab_size: int
     max_position: int
-    rms_norm_eps: float
+    norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
@@ -60,6 +121,24 @@ class ModelConfig:
     dtype: str | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    norm: NormKind = NormKind.RMS
+    activation: Activation = Activation.SILU
+    gated: bool = True
+    post_norm: bool = False
+    sandwich: bool = False
+    final_norm: bool = True
+    qk_norm: bool = False
+    windows: tuple[int | None, ...] = ()
+    local_rope_theta: float | None = None
+    rotary_dim: int | None = None
+    position_offset: int | None = None
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float = 1.0
+    embedding_size: int | None = None
+    experts: Experts | None = None
+    transposed: bool = False
 
     @classmethod
     def from_json(cls, values: Mapping[str, object], where: str = "config.json") -> ModelConfig:
@@ -67,44 +146,9 @@ class ModelConfig:
 
         StartupError on an unsupported architecture or feature, or a number that is missing or out of range.
         """
-        architecture = _json_architecture(values, where)
-        family = _FAMILIES[architecture]
-        fields = Fields(values, where)
-        _refuse_unsupported(fields)
-        heads = fields.integer("num_attention_heads", 1, MAX_HEADS)
-        hidden = fields.integer("hidden_size", 1, MAX_WIDTH)
-        vocab = fields.integer("vocab_size", 1, MAX_VOCAB)
-        position = fields.integer("max_position_embeddings", 1, MAX_POSITION, family.max_position)
-        head_dim = _head_dim(fields, "head_dim", hidden, heads)
-        theta, scaling = read_json(fields, position)
-        if scaling is not None and scaling.kind is RopeKind.YARN:
-            # Checkpoints are published with either the first length or the stretched one here.
-            position = min(MAX_POSITION, max(position, int(scaling.original_max_position * scaling.factor)))
-        if family.sliding_window is not None:
-            position = _windowed(fields, "sliding_window", position, family.sliding_window)
-        attention_bias = fields.flag("attention_bias", False)
-        bos = fields.token_ids("bos_token_id", vocab)
-        return cls(
-            architecture=architecture,
-            num_layers=fields.integer("num_hidden_layers", 1, MAX_LAYERS),
-            hidden_size=hidden,
-            num_heads=heads,
-            num_kv_heads=_kv_heads(fields, "num_key_value_heads", heads, family.num_kv_heads or heads),
-            head_dim=head_dim,
-            intermediate_size=fields.integer("intermediate_size", 1, MAX_INTERMEDIATE),
-            vocab_size=vocab,
-            max_position=position,
-            rms_norm_eps=fields.number("rms_norm_eps", 1e-12, 1.0, 1e-6),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            tie_embeddings=fields.flag("tie_word_embeddings", False),
-            attention_bias=attention_bias,
-            output_bias=attention_bias,
-            mlp_bias=fields.flag("mlp_bias", False),
-            dtype=fields.text("dtype", fields.text("torch_dtype")),
-            bos_id=bos[0] if bos else None,
-            eos_ids=fields.token_ids("eos_token_id", vocab),
-        )
+        from vserve.model import families  # they are made of this module's classes
+
+        return families.read_json(values, where)
 
     @classmethod
     def from_gguf(
@@ -118,118 +162,19 @@ class ModelConfig:
 
         Biases and tied embeddings are told by which tensors there are.  StartupError as ``from_json``.
         """
-        _gguf_architecture(metadata, where)
-        fields = Fields(metadata, where)
-        vocab = _gguf_vocab_size(fields, shapes, where)
-        heads = fields.integer("llama.attention.head_count", 1, MAX_HEADS)
-        hidden = fields.integer("llama.embedding_length", 1, MAX_WIDTH)
-        position = fields.integer("llama.context_length", 1, MAX_POSITION)
-        head_dim = _head_dim(fields, "llama.attention.key_length", hidden, heads)
-        for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-            if fields.integer(key, 1, MAX_HEAD_DIM, head_dim) != head_dim:
-                raise fields.fail(key, f"must equal the head size {head_dim}: other models are not supported")
-        bos = fields.token_ids("tokenizer.ggml.bos_token_id", vocab)
-        return cls(
-            architecture=Architecture.LLAMA,
-            num_layers=fields.integer("llama.block_count", 1, MAX_LAYERS),
-            hidden_size=hidden,
-            num_heads=heads,
-            num_kv_heads=_kv_heads(fields, "llama.attention.head_count_kv", heads, heads),
-            head_dim=head_dim,
-            intermediate_size=fields.integer("llama.feed_forward_length", 1, MAX_INTERMEDIATE),
-            vocab_size=vocab,
-            max_position=_windowed(fields, "llama.attention.sliding_window", position, 0),
-            rms_norm_eps=fields.number("llama.attention.layer_norm_rms_epsilon", 1e-12, 1.0),
-            rope_theta=fields.number("llama.rope.freq_base", 1.0, MAX_THETA, 10000.0),
-            rope_scaling=read_gguf(fields, position, head_dim, rope_factors),
-            tie_embeddings="output.weight" not in shapes,
-            attention_bias="blk.0.attn_q.bias" in shapes,
-            output_bias="blk.0.attn_output.bias" in shapes,
-            mlp_bias="blk.0.ffn_up.bias" in shapes,
-            bos_id=bos[0] if bos else None,
-            eos_ids=fields.token_ids("tokenizer.ggml.eos_token_id", vocab),
-        )
+        from vserve.model import families
 
+        return families.read_gguf(metadata, shapes, rope_factors, where)
 
-@dataclass(frozen=True, slots=True)
-class _Family:
-    """What an architecture assumes where its config.json is silent; num_kv_heads None: as many as heads."""
+    def window(self, layer: int) -> int | None:
+        """Tokens that the layer's attention sees, the own one included; None: all."""
+        return self.windows[layer] if self.windows else None
 
-    max_position: int
-    num_kv_heads: int | None = None
-    sliding_window: int | None = None
+    def has_experts(self, layer: int) -> bool:
+        return self.experts is not None and layer not in self.experts.dense_layers
 
-
-_FAMILIES: Final[dict[Architecture, _Family]] = {
-    Architecture.LLAMA: _Family(max_position=2048),
-    Architecture.MISTRAL: _Family(max_position=131072, num_kv_heads=8, sliding_window=4096),
-}
-
-_GGUF_ARCHITECTURES: Final = ("llama",)
-
-
-def _json_architecture(values: Mapping[str, object], where: str) -> Architecture:
-    supported = ", ".join(Architecture)
-    names = values.get("architectures")
-    if not isinstance(names, list) or not names:
-        raise StartupError(f'{where}: "architectures" is missing; supported are {supported}')
-    for name in names:
-        if isinstance(name, str) and name in _BY_NAME:
-            return _BY_NAME[name]
-    raise StartupError(f"{where}: architecture {shorten(names[0])} is not supported; supported are {supported}")
-
-
-_BY_NAME: Final[dict[str, Architecture]] = {member.value: member for member in Architecture}
-
-
-def _gguf_architecture(metadata: Mapping[str, object], where: str) -> None:
-    name = metadata.get("general.architecture")
-    if name not in _GGUF_ARCHITECTURES:
-        supported = ", ".join(_GGUF_ARCHITECTURES)
-        raise StartupError(f"{where}: architecture {shorten(name)} is not supported; supported are {supported}")
-    experts = metadata.get("llama.expert_count")
-    if experts not in (None, 0):
-        raise StartupError(f"{where}: mixture-of-experts models ({shorten(experts)} experts) are not supported")
-
-
-def _refuse_unsupported(fields: Fields) -> None:
-    """What a config.json may ask for that would change the numbers, were it passed over in silence."""
-    if fields.text("hidden_act", "silu") != "silu":
-        raise fields.fail("hidden_act", "only silu is supported")
-    if "quantization_config" in fields:
-        raise fields.fail("quantization_config", "not supported: use unquantised safetensors or a GGUF file")
-    if fields.number("partial_rotary_factor", 0.0, 1.0, 1.0) != 1.0:
-        raise fields.fail("partial_rotary_factor", "only 1.0 is supported")
-
-
-def _head_dim(fields: Fields, key: str, hidden: int, heads: int) -> int:
-    if key not in fields and hidden % heads:
-        raise fields.fail(key, f"and hidden size {hidden} is not divisible by {heads} heads")
-    size = fields.integer(key, 2, MAX_HEAD_DIM, hidden // heads)
-    if size % 2 or not 2 <= size <= MAX_HEAD_DIM:
-        raise fields.fail(key, f"head size {size} must be even, from 2 to {MAX_HEAD_DIM}")
-    return size
-
-
-def _kv_heads(fields: Fields, key: str, heads: int, default: int) -> int:
-    count = fields.integer(key, 1, heads, default)
-    if heads % count:
-        raise fields.fail(key, f"{heads} heads are not divisible by {count} key-value heads")
-    return count
-
-
-def _windowed(fields: Fields, key: str, position: int, default: int) -> int:
-    """The longest sequence served: inside its sliding window, a model's attention is plain causal attention."""
-    # An explicit null means no window, where an absent key means the family's own.
-    window = 0 if fields.has_null(key) else fields.integer(key, 0, MAX_POSITION, default)
-    return min(position, window) if window else position
-
-
-def _gguf_vocab_size(fields: Fields, shapes: Mapping[str, tuple[int, ...]], where: str) -> int:
-    shape = shapes.get("token_embd.weight")
-    if shape is None or len(shape) != 2 or not 1 <= shape[0] <= MAX_VOCAB:
-        raise StartupError(f"{where}: tensor token_embd.weight is missing or is no matrix of at most {MAX_VOCAB} rows")
-    tokens = fields.length("tokenizer.ggml.tokens")
-    if tokens > shape[0]:
-        raise StartupError(f"{where}: the tokenizer has {tokens} tokens, the embedding only {shape[0]} rows")
-    return shape[0]
+    def limited(self, max_model_len: int | None) -> ModelConfig:
+        """This model for sequences of at most so many tokens: a rotation for shorter ones may be another."""
+        if max_model_len is None or max_model_len >= self.max_position:
+            return self
+        return replace(self, max_position=max_model_len)

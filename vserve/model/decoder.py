@@ -1,4 +1,4 @@
-"""Decoder: one forward pass of a Llama-family model over a mixed batch of prefill chunks and decodes.
+"""Decoder: one forward pass of a model over a mixed batch of prefill chunks and decodes.
 
 Owns the weights and the order of operations; every operation that touches the cache or could be one kernel is the
 back end's (``Ops``).  Knows no request, no queue and no sampling.  One thread at a time.
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from vserve.model.config import ModelConfig
-from vserve.model.layers import Block, Embedding, rotary_tables
+from vserve.model.experts import Experts
+from vserve.model.layers import Block, Embedding, Mlp, Norm, Positions, rotary_tables
 from vserve.model.linear import Linear
 from vserve.model.ops import KvCache, Ops, Step
 from vserve.model.threads import Sharing, StepThreads
@@ -28,26 +29,40 @@ class Decoder:
         ops: Ops,
         embedding: Embedding,
         blocks: Sequence[Block],
-        norm: Tensor,
+        norm: Norm | None,
         head: Linear,
+        positions: Positions | None = None,
     ) -> None:
-        """norm [D]: the last norm's weight, which also tells device and dtype.  head: D -> V."""
+        """norm: the last one, None where config has none.  head: D -> V.  positions: where they are learned."""
         self.config = config
-        self.device = norm.device
-        self.dtype = norm.dtype
+        self.device = blocks[0].attention_norm.weight.device
+        self.dtype = embedding.dtype
         self._ops = ops
         self._embedding = embedding
+        self._positions = positions
         self._blocks = tuple(blocks)
         self._norm = norm
         self._head = head
-        self._cos, self._sin = rotary_tables(config, norm.device)
-        self._scale = config.head_dim**-0.5
-        self._threads = StepThreads() if norm.device.type == "cpu" else None
+        self._cos, self._sin = rotary_tables(config, self.device)
+        self._scale = config.attention_scale or config.head_dim**-0.5
+        self._norms = self._chain()
+        self._threads = StepThreads() if self.device.type == "cpu" else None
+
+    def _chain(self) -> tuple[tuple[Norm, Norm | None], ...]:
+        """For each block the norm that follows its attention and the one that follows its MLP."""
+        if self.config.post_norm:
+            return tuple((block.attention_norm, block.mlp_norm) for block in self._blocks)
+        following = [*(block.attention_norm for block in self._blocks[1:]), self._norm]
+        return tuple((block.mlp_norm, norm) for block, norm in zip(self._blocks, following, strict=True))
 
     def share_cores(self, sharing: Sharing) -> None:
         """Leave an encoder in this process its part of the cores.  Before the first step."""
         if self._threads is not None:
             self._threads.limit = lambda: sharing.step_threads
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._blocks)
 
     @property
     def vocab_size(self) -> int:
@@ -75,8 +90,7 @@ class Decoder:
         """
         if self._threads is not None:
             self._threads.prepare()
-        ops, eps = self._ops, self.config.rms_norm_eps
-        plan = ops.plan(
+        plan = self._ops.plan(
             step.positions,
             step.slots,
             step.query_starts,
@@ -88,16 +102,59 @@ class Decoder:
             self._sin,
             cache.block_size,
         )
-        residual = self._embedding(step.ids)
-        x = ops.rms_norm(residual, self._blocks[0].attention_norm, eps)
+        return self._compute(step.ids, step.positions, plan, cache.pairs, step.logit_rows).to(torch.float32)
+
+    def _compute(
+        self,
+        ids: Tensor,
+        positions: Tensor | None,
+        plan: object,
+        pairs: Sequence[Tensor],
+        logit_rows: Tensor | None,
+    ) -> Tensor:
+        """Logits [S, V] of logit_rows (None: of every token), for any model; positions are needed where learned."""
+        ops, config, eps = self._ops, self.config, self.config.norm_eps
+        residual = self._embedding(ids)
+        if self._positions is not None:
+            assert positions is not None
+            residual = residual.add_(self._positions(positions))
+        x = residual if config.post_norm else self._normed(residual, self._blocks[0].attention_norm)
         last = len(self._blocks) - 1
-        for number, (block, pairs) in enumerate(zip(self._blocks, cache.pairs, strict=True)):
-            q = ops.rope_and_write(block.qkv(x), pairs, plan)
-            x = ops.paged_attention(q, pairs, plan, self._scale)
-            if number == last:  # what follows is wanted of the logit rows only
-                x, residual = x.index_select(0, step.logit_rows), residual.index_select(0, step.logit_rows)
-            x, residual = ops.add_rms_norm(block.output(x), residual, block.mlp_norm, eps)
-            x = block.down(ops.silu_mul(block.gate_up(x)))
-            norm = self._norm if number == last else self._blocks[number + 1].attention_norm
-            x, residual = ops.add_rms_norm(x, residual, norm, eps)
-        return self._head(x).to(torch.float32)
+        for number, (block, norms, pair) in enumerate(zip(self._blocks, self._norms, pairs, strict=True)):
+            q = ops.rope_and_write(block.qkv(x), pair, plan, block.q_norm, block.k_norm, eps, block.rotation)
+            x = ops.paged_attention(q, pair, plan, self._scale, block.window, config.attention_softcap)
+            if number == last and logit_rows is not None:  # what follows is wanted of the logit rows only
+                x, residual = x.index_select(0, logit_rows), residual.index_select(0, logit_rows)
+            x = block.output(x)
+            if block.attention_post_norm is not None:
+                x = ops.rms_norm(x, block.attention_post_norm, eps)
+            x, residual = self._added(x, residual, norms[0])
+            x = self._mlp(block.mlp, x)
+            if block.mlp_post_norm is not None:
+                x = ops.rms_norm(x, block.mlp_post_norm, eps)
+            x, residual = self._added(x, residual, norms[1])
+        logits = self._head(x)
+        cap = config.logit_softcap
+        return logits if cap is None else logits.to(torch.float32).div_(cap).tanh_().mul_(cap)
+
+    def _mlp(self, mlp: Mlp | Experts, x: Tensor) -> Tensor:
+        if not isinstance(mlp, Mlp):
+            return mlp(x)
+        if self.config.gated:
+            return mlp.down(self._ops.gated(mlp.up(x), self.config.activation))
+        return mlp.down(self._ops.activate(mlp.up(x), self.config.activation))
+
+    def _normed(self, x: Tensor, norm: Norm) -> Tensor:
+        if norm.bias is None:
+            return self._ops.rms_norm(x, norm.weight, self.config.norm_eps)
+        return self._ops.layer_norm(x, norm.weight, norm.bias, self.config.norm_eps)
+
+    def _added(self, x: Tensor, residual: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor]:
+        """What the next layer sees, and the new residual: x + residual, which a post-norm model goes on with normed."""
+        if norm is None:
+            return residual.add_(x), residual
+        if norm.bias is None:
+            x, residual = self._ops.add_rms_norm(x, residual, norm.weight, self.config.norm_eps)
+        else:
+            x, residual = self._ops.add_layer_norm(x, residual, norm.weight, norm.bias, self.config.norm_eps)
+        return x, x if self.config.post_norm else residual

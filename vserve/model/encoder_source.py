@@ -77,10 +77,13 @@ class EncoderSource:
         return SafetensorsWeights(self.path)
 
 
-def resolve_encoder(model: str, *, environ: Mapping[str, str], progress: hub.Progress | None = None) -> EncoderSource:
+def resolve_encoder(
+    model: str, *, environ: Mapping[str, str], revision: str | None = None, progress: hub.Progress | None = None
+) -> EncoderSource:
     """Find an embedding model: an existing folder, else a hub id; StartupError when there is none.
 
-    environ: the process environment, for the Hugging Face variables.  progress: called while a download runs.
+    environ: the process environment, for the Hugging Face variables.  revision: of a hub id.  progress: called while a
+    download runs.
     """
     try:
         path = Path(model)
@@ -92,22 +95,23 @@ def resolve_encoder(model: str, *, environ: Mapping[str, str], progress: hub.Pro
                 "models are read from safetensors"
             )
         settings = hub.HubSettings.from_env(environ)
-        folder = hub.cached(model, settings, None)
+        folder = hub.cached(model, settings, revision)
         if folder is None or not _is_whole(folder):
-            folder = hub.download(model, settings, None, weights=True, progress=progress)
+            folder = hub.download(model, settings, revision, weights=True, progress=progress)
         return read_encoder(folder, model)
     except OSError as error:
         raise StartupError(f"embedding model {shorten(model)} cannot be read: {error.strerror}") from None
 
 
-def names_encoder(model: str | None, *, environ: Mapping[str, str]) -> bool:
+def names_encoder(model: str | None, *, environ: Mapping[str, str], revision: str | None = None) -> bool:
     """Whether what is to be served is an encoder, told from a config.json that is on this machine already."""
     if not model:
         return False
     try:
         folder: Path | None = Path(model)
         if not Path(model).exists():
-            folder = hub.cached(model, hub.HubSettings.from_env(environ), None) if hub.is_hub_id(model) else None
+            settings = hub.HubSettings.from_env(environ)
+            folder = hub.cached(model, settings, revision) if hub.is_hub_id(model) else None
         if folder is None or not (folder / "config.json").is_file():
             return False
         return is_encoder(read_object(folder / "config.json"))

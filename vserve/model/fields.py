@@ -23,6 +23,15 @@ class Fields:
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and self._values.get(key) is not None
 
+    @property
+    def where(self) -> str:
+        """What the mapping is called in errors."""
+        return self._where
+
+    def with_section(self, key: str, section: Fields) -> Fields:
+        """These fields with the mapping of section under key."""
+        return Fields({**self._values, key: section._values}, self._where)
+
     def has_null(self, key: str) -> bool:
         """Whether the key is there with the value null, where a format tells that from an absent key."""
         return key in self._values and self._values[key] is None
@@ -112,6 +121,27 @@ class Fields:
             if not isinstance(item, int) or isinstance(item, bool) or not low <= item <= high:
                 raise self.fail(key, f"must be integers from {low} to {high}")
         return tuple(value)
+
+    def texts(self, key: str, most: int) -> tuple[str, ...] | None:
+        """A list of at most `most` strings; None when it is absent."""
+        value = self._values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) > most or not all(isinstance(item, str) for item in value):
+            raise self.fail(key, f"must be a list of at most {most} strings")
+        return tuple(value)
+
+    def numbers(self, key: str, low: float, high: float) -> tuple[float, ...]:
+        """A list of at most 4096 numbers in low..high; absent: ()."""
+        value = self._values.get(key)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or len(value) > 4096:
+            raise self.fail(key, "must be a list of at most 4096 numbers")
+        for item in value:
+            if not isinstance(item, int | float) or isinstance(item, bool) or not low <= item <= high:
+                raise self.fail(key, f"must be numbers from {low:g} to {high:g}")
+        return tuple(map(float, value))
 
     def token_ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
         """One token id or a list of them, each below vocab_size, duplicates dropped; absent: ()."""

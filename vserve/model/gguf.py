@@ -15,13 +15,13 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NoReturn
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from vserve.errors import StartupError, shorten
 from vserve.model.kinds import LAYOUTS, Kind
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_KEYS: Final = 1 << 16
 MAX_TENSORS: Final = 1 << 17
@@ -127,16 +127,28 @@ class Gguf:
 
 def read(path: Path) -> Gguf:
     """Map the file and read its metadata and tensor directory; StartupError when it is not a sound GGUF file."""
+    import torch
+
     mapped = _map(path)
-    reader = _Reader(mapped, path)
-    tensor_count, key_count = reader.header()
-    metadata = reader.metadata(key_count)
-    tensors = reader.directory(tensor_count, metadata)
+    metadata, tensors = _header(mapped, path)
     with warnings.catch_warnings():
         # torch warns that a read-only buffer may be written to; nothing here does.
         warnings.simplefilter("ignore", UserWarning)
         file = torch.frombuffer(mapped, dtype=torch.uint8)
     return Gguf(path, metadata, tensors, file)
+
+
+def read_header(path: Path) -> tuple[Mapping[str, object], Mapping[str, TensorInfo]]:
+    """The metadata and the tensor directory alone; errors as in read."""
+    with _map(path) as mapped:
+        return _header(mapped, path)
+
+
+def _header(mapped: mmap.mmap, path: Path) -> tuple[dict[str, object], dict[str, TensorInfo]]:
+    reader = _Reader(mapped, path)
+    tensor_count, key_count = reader.header()
+    metadata = reader.metadata(key_count)
+    return metadata, reader.directory(tensor_count, metadata)
 
 
 def _map(path: Path) -> mmap.mmap:

@@ -1,6 +1,6 @@
-"""The tensors of a Llama-family GGUF file under their Hugging Face names and in the Hugging Face row order.
+"""The tensors of a GGUF file under their Hugging Face names and in the Hugging Face row order.
 
-Owns the table of names and the un-permutation of the rotary rows; the byte format is gguf.py's.
+Owns the un-permutation of the rotary rows; names are the families', the byte format is gguf.py's.
 """
 
 from __future__ import annotations
@@ -14,39 +14,27 @@ from torch import Tensor
 
 from vserve.errors import StartupError, shorten
 from vserve.model.config import ModelConfig
+from vserve.model.families import family_of, gguf_of
 from vserve.model.gguf import Gguf
 from vserve.model.weights import StoredTensor, require_size
 
 ROPE_FACTORS: Final = "rope_freqs.weight"
 """Divisors of the rotary frequencies, part of the configuration here rather than a weight."""
 
-_TOP: Final[dict[str, str]] = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_BLOCK: Final[dict[str, str]] = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 _BLOCK_NAME: Final = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.([a-z_]+)\.(weight|bias)", re.ASCII)
 
 
-def hf_name(name: str) -> str | None:
-    """The Hugging Face name of a tensor of a llama GGUF file; None when such a model has no tensor of this name."""
-    if name in _TOP:
-        return _TOP[name]
+def hf_name(name: str, config: ModelConfig) -> str | None:
+    """The Hugging Face name of a tensor of a GGUF file; None when a model of config has no tensor of this name."""
+    form, names = gguf_of(config.architecture), family_of(config.architecture).names
+    module, _, kind = name.rpartition(".")
+    if module in form.top and kind in ("weight", "bias"):
+        found = form.top[module]
+        return f"{found}.{kind}" if found == names.head else f"{names.base}{found}.{kind}"
     match = _BLOCK_NAME.fullmatch(name)
-    if match is None or match[2] not in _BLOCK:
+    if match is None or match[2] not in form.tensors or int(match[1]) >= config.num_layers:
         return None
-    return f"model.layers.{match[1]}.{_BLOCK[match[2]]}.{match[3]}"
+    return f"{names.base}{names.layer.format(match[1])}{form.tensors[match[2]]}.{match[3]}"
 
 
 class GgufWeights:
@@ -55,13 +43,14 @@ class GgufWeights:
     def __init__(self, gguf: Gguf, config: ModelConfig) -> None:
         """StartupError for a tensor that a model of this configuration does not have."""
         self._gguf = gguf
-        self._heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+        interleaved = gguf_of(config.architecture).interleaved
+        self._heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads} if interleaved else {}
         self._stored: dict[str, str] = {}
         for name in gguf.tensors:
             if name == ROPE_FACTORS:
                 continue
-            known = hf_name(name)
-            if known is None or (known.startswith("model.layers.") and int(name.split(".")[1]) >= config.num_layers):
+            known = hf_name(name, config)
+            if known is None:
                 raise StartupError(
                     f"{shorten(str(gguf.path))}: tensor {shorten(name)} is not one of a {config.num_layers}-layer "
                     f"{config.architecture}"

@@ -2,12 +2,15 @@
 
 Few rows: the norm before a product and the residual after it are part of a kernel that reads the weights once.  More:
 cuBLAS, with the residual as its accumulator.  Which, is asked of kernels.dispatch by shape; nothing here reads a value,
-so the same Python captures the same kernels for every batch of a shape.  One thread, one stream at a time.
+so the same Python captures the same kernels for every batch of a shape.  The fused forms are those of a model whose
+RMS norms lead to plain layers and a dense MLP gated by SiLU; any other runs operation by operation, as on a CPU.
+One thread, one stream at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,43 +18,50 @@ from torch.nn import functional
 
 from vserve.kernels import cuda, dispatch
 from vserve.kernels.cuda import StepPlan
-from vserve.model.config import ModelConfig
+from vserve.model.config import Activation, ModelConfig
 from vserve.model.decoder import Decoder
-from vserve.model.layers import Block, Embedding
+from vserve.model.layers import Block, Embedding, Mlp, Norm, Positions
 from vserve.model.linear import Linear, PlainLinear
 from vserve.model.ops import KvCache, Step
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Layer:
+    """One block in the form that can be fused."""
+
+    block: Block
+    qkv: PlainLinear
+    output: PlainLinear
+    gate_up: PlainLinear
+    down: PlainLinear
+
+
 class GpuDecoder(Decoder):
-    """A Decoder whose linear layers are plain ones on one GPU."""
+    """A Decoder on one GPU."""
 
     def __init__(
-        self, config: ModelConfig, embedding: Embedding, blocks: Sequence[Block], norm: Tensor, head: Linear
+        self,
+        config: ModelConfig,
+        embedding: Embedding,
+        blocks: Sequence[Block],
+        norm: Norm | None,
+        head: Linear,
+        positions: Positions | None = None,
     ) -> None:
-        """norm [D]: the last norm's weight, which also tells device and dtype.  head: D -> V."""
-        super().__init__(config, cuda, embedding, blocks, norm, head)
-        self._ends = (blocks[0], blocks[-1])
-        self._plain_head = _plain(head)
-        self._layers = tuple(
-            (
-                block.attention_norm,
-                _plain(block.qkv),
-                _plain(block.output),
-                block.mlp_norm,
-                _plain(block.gate_up),
-                _plain(block.down),
-            )
-            for block in blocks
-        )
+        """norm: the last one, None where config has none.  head: D -> V.  positions: where they are learned."""
+        super().__init__(config, cuda, embedding, blocks, norm, head, positions)
+        self._fused = _fused(config, blocks, norm, head)
 
     @property
     def rotation(self) -> tuple[Tensor, Tensor]:
-        """cos and sin [max_position, head_dim / 2] float32."""
+        """cos and sin [max_position, R * head_dim / 2] float32."""
         return self._cos, self._sin
 
     def ends(self) -> GpuDecoder:
-        """The first and the last layer alone: they launch every kernel that all of them launch."""
-        return GpuDecoder(self.config, self._embedding, self._ends, self._norm, self._plain_head)
+        """The last layer and the first of each other kind: they launch every kernel that all of them launch."""
+        kinds = {(block.window, block.rotation, type(block.mlp)): block for block in reversed(self._blocks[:-1])}
+        blocks = (*reversed(kinds.values()), self._blocks[-1])
+        return GpuDecoder(self.config, self._embedding, blocks, self._norm, self._head, self._positions)
 
     @torch.inference_mode()
     def forward(self, step: Step, cache: KvCache) -> Tensor:
@@ -71,27 +81,31 @@ class GpuDecoder(Decoder):
         return self.compute(step.ids, plan, cache.pairs, step.logit_rows).to(torch.float32)
 
     def compute(self, ids: Tensor, plan: StepPlan, pairs: Sequence[Tensor], logit_rows: Tensor | None) -> Tensor:
-        """Logits [S, V] in the model's dtype of logit_rows [S] (any int; None: of every token) for ids [T] int64.
+        """Logits [S, V] in the model's dtype or float32 of logit_rows [S] (any int; None: of every token) for ids [T].
 
-        Writes keys and values to pairs, one a layer, where plan says.  Rows that belong to no sequence may hold
-        anything; they touch no other row.
+        ids int64.  Writes keys and values to pairs, one a layer, where plan says.  Rows that belong to no sequence may
+        hold anything; they touch no other row.
         """
-        eps, last = self.config.rms_norm_eps, len(self._layers) - 1
+        if self._fused is None:
+            return self._compute(ids, plan.positions, plan, pairs, logit_rows)
+        layers, norm, head = self._fused
+        eps, last = self.config.norm_eps, len(layers) - 1
         residual = self._embedding(ids)
-        for number, (layer, pair) in enumerate(zip(self._layers, pairs, strict=True)):
-            attention_norm, qkv, output, mlp_norm, gate_up, down = layer
-            q = cuda.rope_and_write(cuda.norm_linear(residual, attention_norm, eps, qkv.weight, qkv.bias), pair, plan)
-            x = cuda.paged_attention(q, pair, plan, self._scale)
+        for number, (layer, pair) in enumerate(zip(layers, pairs, strict=True)):
+            block, qkv, gate_up = layer.block, layer.qkv, layer.gate_up
+            x = cuda.norm_linear(residual, block.attention_norm.weight, eps, qkv.weight, qkv.bias)
+            q = cuda.rope_and_write(x, pair, plan, block.q_norm, block.k_norm, eps, block.rotation)
+            x = cuda.paged_attention(q, pair, plan, self._scale, block.window)
             if number == last and logit_rows is not None:  # what follows is wanted of these rows only
                 x, residual = x.index_select(0, logit_rows), residual.index_select(0, logit_rows)
-            residual = add_linear(x, output, residual)
+            residual = add_linear(x, layer.output, residual)
+            mlp_norm = block.mlp_norm.weight
             if gate_up.bias is None:
                 x = cuda.norm_gated_linear(residual, mlp_norm, eps, gate_up.weight)
             else:
                 x = cuda.silu_mul(cuda.norm_linear(residual, mlp_norm, eps, gate_up.weight, gate_up.bias))
-            residual = add_linear(x, down, residual)
-        head = self._plain_head
-        return cuda.norm_linear(residual, self._norm, eps, head.weight, head.bias)
+            residual = add_linear(x, layer.down, residual)
+        return cuda.norm_linear(residual, norm.weight, eps, head.weight, head.bias)
 
 
 def add_linear(x: Tensor, linear: PlainLinear, residual: Tensor) -> Tensor:
@@ -104,6 +118,22 @@ def add_linear(x: Tensor, linear: PlainLinear, residual: Tensor) -> Tensor:
     return residual.addmm_(x, weight.t())
 
 
-def _plain(linear: Linear) -> PlainLinear:
-    assert isinstance(linear, PlainLinear), "a GPU's linear layers are plain ones"
-    return linear
+def _fused(
+    config: ModelConfig, blocks: Sequence[Block], norm: Norm | None, head: Linear
+) -> tuple[tuple[_Layer, ...], Norm, PlainLinear] | None:
+    """The layers, the last norm and the head where all of them can be fused; else None."""
+    plain = config.activation is Activation.SILU and config.gated and config.position_offset is None
+    if not plain or config.sandwich or config.post_norm or config.attention_softcap or config.logit_softcap:
+        return None
+    if norm is None or norm.bias is not None or not isinstance(head, PlainLinear):
+        return None
+    layers = []
+    for block in blocks:
+        mlp = block.mlp
+        if not isinstance(mlp, Mlp) or block.attention_norm.bias is not None:
+            return None
+        parts = [part for part in (block.qkv, block.output, mlp.up, mlp.down) if isinstance(part, PlainLinear)]
+        if len(parts) != 4:
+            return None
+        layers.append(_Layer(block, *parts))
+    return tuple(layers), norm, head

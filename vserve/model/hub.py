@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from threading import Thread
@@ -26,7 +26,9 @@ _REVISION: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _FILES: Final = ("*.json", "*.jinja", "tokenizer.model")
 _WEIGHTS: Final = ("model*.safetensors",)
-_MODULE: Final = re.compile(r"[0-9]{1,2}_[A-Za-z]{1,40}/config\.json", re.ASCII)
+_NESTED: Final = re.compile(
+    r"[0-9]{1,2}_[A-Za-z]{1,40}/config\.json|additional_chat_templates/[A-Za-z0-9_-]{1,64}\.jinja", re.ASCII
+)
 _TRUE: Final = ("1", "ON", "YES", "TRUE")
 _POLL_S: Final = 0.2
 
@@ -34,15 +36,16 @@ _POLL_S: Final = 0.2
 @dataclass(frozen=True, slots=True)
 class HubSettings:
     """cache: the folder that holds models--org--name folders.  offline: never touch the network.  endpoint: the hub's
-    address, None for the public one."""
+    address, None for the public one.  token: for models that need one; None: the library's own, if it finds one."""
 
     cache: Path
     offline: bool = False
     endpoint: str | None = None
+    token: str | None = field(default=None, repr=False)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> HubSettings:
-        """From HF_HUB_CACHE, HF_HOME, XDG_CACHE_HOME, HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE and HF_ENDPOINT."""
+        """From HF_HUB_CACHE, HF_HOME, XDG_CACHE_HOME, HF_HUB_OFFLINE, TRANSFORMERS_OFFLINE, HF_ENDPOINT, HF_TOKEN."""
         offline = environ.get("HF_HUB_OFFLINE") or environ.get("TRANSFORMERS_OFFLINE") or ""
         home = environ.get("HF_HOME") or str(Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
         cache = Path(environ.get("HF_HUB_CACHE") or str(Path(home) / "hub"))
@@ -50,7 +53,14 @@ class HubSettings:
             cache = cache.expanduser()
         except RuntimeError:
             raise StartupError("no home folder for the Hugging Face cache; set HF_HOME") from None
-        return cls(cache, offline.upper() in _TRUE, environ.get("HF_ENDPOINT") or None)
+        endpoint, token = environ.get("HF_ENDPOINT") or None, environ.get("HF_TOKEN") or None
+        return cls(cache, offline.upper() in _TRUE, endpoint, token)
+
+
+def environ_with(environ: Mapping[str, str], download_dir: str | None, token: str | None) -> dict[str, str]:
+    """environ with the values of --download-dir and --hf-token, where given, in place of its own."""
+    given = {"HF_HUB_CACHE": download_dir, "HF_TOKEN": token}
+    return {**environ, **{name: value for name, value in given.items() if value is not None}}
 
 
 def is_hub_id(text: str) -> bool:
@@ -103,8 +113,8 @@ def download(
             progress(min(transfer.done_bytes(), transfer.total_bytes), transfer.total_bytes)
     if transfer.folder is None:
         raise StartupError(
-            f"model {hub_id} could not be downloaded: {transfer.problem}; check the name, the network and HF_TOKEN, "
-            "or pass a folder or a .gguf file"
+            f"model {hub_id} could not be downloaded: {transfer.problem}; check the name, the network and --hf-token "
+            "or HF_TOKEN, or pass a folder or a .gguf file"
         )
     if progress is not None and transfer.total_bytes:
         progress(transfer.total_bytes, transfer.total_bytes)
@@ -143,9 +153,10 @@ class _Transfer:
         return done
 
     def _is_wanted(self, name: str) -> bool:
-        """Folders in a repository hold other formats of the same model, but for the modules of an embedding model."""
+        """Folders of a repository hold the same model in other formats, but for an embedding model's modules and
+        further chat templates."""
         if "/" in name:
-            return _MODULE.fullmatch(name) is not None
+            return _NESTED.fullmatch(name) is not None
         return any(fnmatchcase(name, pattern) for pattern in self._patterns)
 
     def _download(self) -> None:
@@ -153,7 +164,7 @@ class _Transfer:
 
         # Not exported in a way that type checkers follow, but documented.
         importlib.import_module("huggingface_hub.utils").disable_progress_bars()
-        api = HfApi(endpoint=self._settings.endpoint)
+        api = HfApi(endpoint=self._settings.endpoint, token=self._settings.token)
         info = api.model_info(self._hub_id, revision=self._revision, files_metadata=True)
         sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or ()}
         self.total_bytes = sum(size for name, size in sizes.items() if self._is_wanted(name))

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # headers are read before, and without, the second that torch takes to import
+    import torch
 
 
 class Kind(StrEnum):
@@ -30,17 +32,26 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One block of a kind: block_size numbers in block_bytes bytes; dtype is None for the quantised kinds."""
+    """One block of a kind: block_size numbers in block_bytes bytes; plain: torch's name of its type, if it has one."""
 
     block_size: int
     block_bytes: int
-    dtype: torch.dtype | None = None
+    plain: str | None = None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type of a plain kind; None for the quantised ones."""
+        if self.plain is None:
+            return None
+        import torch
+
+        return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[self.plain]
 
 
 LAYOUTS: dict[Kind, Layout] = {
-    Kind.F32: Layout(1, 4, torch.float32),
-    Kind.F16: Layout(1, 2, torch.float16),
-    Kind.BF16: Layout(1, 2, torch.bfloat16),
+    Kind.F32: Layout(1, 4, "float32"),
+    Kind.F16: Layout(1, 2, "float16"),
+    Kind.BF16: Layout(1, 2, "bfloat16"),
     Kind.Q4_0: Layout(32, 2 + 16),
     Kind.Q4_1: Layout(32, 2 + 2 + 16),
     Kind.Q5_0: Layout(32, 2 + 4 + 16),

@@ -1,7 +1,8 @@
 """load: a model's files, or random numbers in their place, -> a ``Decoder`` ready to run.
 
-Owns the names and shapes of every tensor a Llama-family model has and what form each takes on a device.  All tensors
-are checked before the first is read.  Knows no file format.  Runs on the engine thread, and on a few of its own.
+Owns what form each part of a model takes on a device; which tensors there are is tensors.py's.  All names and shapes
+are checked before the first tensor is read, and that every number is finite while it is.  Knows no file format.  Runs
+on the engine thread, and on a few of its own.
 """
 
 from __future__ import annotations
@@ -11,20 +12,35 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
-from vserve.errors import StartupError, shorten
+from vserve.errors import StartupError
 from vserve.kernels import reference
 from vserve.model import quant
-from vserve.model.config import ModelConfig
+from vserve.model.config import ModelConfig, NormKind
 from vserve.model.decoder import Decoder
-from vserve.model.layers import Block, DenseEmbedding, Embedding, StoredEmbedding
-from vserve.model.linear import GroupedLinear, Linear, dense_linear, has_grouped
+from vserve.model.experts import Experts, GroupedExperts, Routing, StackedExperts
+from vserve.model.families import Names, family_of
+from vserve.model.layers import (
+    Block,
+    Chain,
+    DenseEmbedding,
+    Embedding,
+    FittedEmbedding,
+    Mlp,
+    Norm,
+    Positions,
+    StoredEmbedding,
+    rotary_order,
+)
+from vserve.model.linear import GroupedLinear, Linear, PlainLinear, dense_linear, has_grouped
 from vserve.model.source import ModelSource
+from vserve.model.tensors import check, expected_shapes, linear_numbers
 from vserve.model.upload import MOST_THREADS, Uploader
 from vserve.model.weights import StoredTensor, Weights
 
@@ -33,13 +49,6 @@ Progress = Callable[[int, int], None]
 
 DENSE_COPY_LIMIT: Final = 4 << 30
 """Most bytes of float32 copies kept beside quantised weights, for steps of many rows; a larger model goes without."""
-
-EMBEDDING: Final = "model.embed_tokens.weight"
-NORM: Final = "model.norm.weight"
-HEAD: Final = "lm_head.weight"
-
-_HARMLESS_SUFFIX: Final = ".rotary_emb.inv_freq"
-"""Old checkpoints hold the rotary frequencies, which are worked out from the configuration."""
 
 _DUMMY_SPREAD: Final = 0.02
 
@@ -51,16 +60,20 @@ def load(
     dtype: torch.dtype,
     load_format: str = "auto",
     seed: int = 0,
+    allow_nan: bool = False,
     progress: Progress | None = None,
 ) -> Decoder:
     """Read source's weights, or with load_format "dummy" draw random ones from seed, onto device in dtype.
 
     On a CPU in float32, quantised weights stay as they are; everywhere else they become dtype.  StartupError for a
-    tensor that is missing, of a wrong shape or unknown.  The decoder does not depend on the files.
+    tensor that is missing, of a wrong shape or unknown, or, unless allow_nan, not finite.
+    The decoder does not depend on the files.
     """
     if load_format == "dummy":
         return load_dummy(source.config, device=device, dtype=dtype, seed=seed, progress=progress)
-    return load_weights(source.open_weights(), source.config, device=device, dtype=dtype, progress=progress)
+    return load_weights(
+        source.open_weights(), source.config, device=device, dtype=dtype, progress=progress, allow_nan=allow_nan
+    )
 
 
 def load_weights(
@@ -71,15 +84,26 @@ def load_weights(
     dtype: torch.dtype,
     progress: Progress | None = None,
     dense_copy_limit: int = DENSE_COPY_LIMIT,
+    allow_nan: bool = False,
+    for_gpu: bool | None = None,
 ) -> Decoder:
-    """The decoder of config with the tensors of weights; errors as in load."""
-    check(weights, config)
-    copies = 4 * _linear_numbers(config) <= dense_copy_limit
+    """The decoder of config with the tensors of weights; errors as in load.
+
+    for_gpu: in the form for a GPU, whatever the device: on a CPU its kernels are interpreted.  None: by the device.
+    """
+    for_gpu = device.type == "cuda" if for_gpu is None else for_gpu
+    names = check(weights, config)
+    copies = 4 * linear_numbers(config) <= dense_copy_limit
     if device.type != "cuda":
-        return _build(_StoredParts(weights, config.tie_embeddings, device, dtype, copies), config, progress)
-    with closing(Uploader(device)) as uploader:
-        parts = _StoredParts(weights, config.tie_embeddings, device, dtype, copies, uploader)
-        return _build(parts, config, progress, MOST_THREADS)
+        parts = _StoredParts(weights, config, names, device, dtype, copies, for_gpu)
+        decoder = _build(parts, config, names, progress)
+    else:
+        with closing(Uploader(device)) as uploader:
+            parts = _StoredParts(weights, config, names, device, dtype, copies, for_gpu, uploader)
+            decoder = _build(parts, config, names, progress, MOST_THREADS)
+    if not allow_nan:
+        parts.verify()
+    return decoder
 
 
 def load_dummy(
@@ -91,116 +115,130 @@ def load_dummy(
     progress: Progress | None = None,
 ) -> Decoder:
     """The decoder of config with weights drawn from seed on device: normal, spread 0.02; norms are 1, biases 0."""
-    return _build(_DummyParts(config, device, dtype, seed), config, progress)
-
-
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name -> shape of every tensor that a model of config must have."""
-    width, inner = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    matrices = {
-        "self_attn.q_proj": (queries, width, config.attention_bias),
-        "self_attn.k_proj": (keys, width, config.attention_bias),
-        "self_attn.v_proj": (keys, width, config.attention_bias),
-        "self_attn.o_proj": (width, queries, config.output_bias),
-        "mlp.gate_proj": (inner, width, config.mlp_bias),
-        "mlp.up_proj": (inner, width, config.mlp_bias),
-        "mlp.down_proj": (width, inner, config.mlp_bias),
-    }
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, width), NORM: (width,)}
-    if not config.tie_embeddings:
-        shapes[HEAD] = (config.vocab_size, width)
-    for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}."
-        shapes[prefix + "input_layernorm.weight"] = (width,)
-        shapes[prefix + "post_attention_layernorm.weight"] = (width,)
-        for name, (outputs, inputs, biased) in matrices.items():
-            shapes[f"{prefix}{name}.weight"] = (outputs, inputs)
-            if biased:
-                shapes[f"{prefix}{name}.bias"] = (outputs,)
-    return shapes
-
-
-def check(weights: Weights, config: ModelConfig) -> None:
-    """StartupError unless weights holds exactly the tensors of config, each in its shape."""
-    shapes = expected_shapes(config)
-    model = f"a {config.num_layers}-layer {config.architecture}"
-    for name, wanted in shapes.items():
-        if name not in weights:
-            raise StartupError(f"tensor {name} is missing, which {model} needs with shape {_text(wanted)}")
-        found = weights.get(name).shape
-        if found != wanted:
-            raise StartupError(
-                f"tensor {name} has shape {_text(found)}, but {model} of this size needs {_text(wanted)}"
-            )
-    for name in weights.names():
-        # A tied head may be stored too: it is the embedding again, and transformers reads past it as well.
-        if name not in shapes and name != HEAD and not name.endswith(_HARMLESS_SUFFIX):
-            raise StartupError(f"tensor {shorten(name)} is not one of {model}: the file holds another model")
-
-
-def _text(shape: Sequence[int]) -> str:
-    return "[" + ", ".join(map(str, shape)) + "]"
-
-
-def _linear_numbers(config: ModelConfig) -> int:
-    matrices = sum(shape[0] * shape[1] for name, shape in expected_shapes(config).items() if len(shape) == 2)
-    return matrices if config.tie_embeddings else matrices - config.vocab_size * config.hidden_size
+    names = family_of(config.architecture).names
+    return _build(_DummyParts(config, names, device, dtype, seed), config, names, progress)
 
 
 class _Parts(Protocol):
     """Where the pieces of a decoder come from.  Called on several threads at once."""
 
     total_bytes: int
+    for_gpu: bool
 
     @property
     def done_bytes(self) -> int: ...
 
-    def vector(self, name: str) -> Tensor:
-        """A norm's weight, in the model's dtype on its device."""
+    def norm(self, module: str) -> Norm:
+        """A norm, its weight as it is to be multiplied with, on the device."""
 
-    def linear(self, *modules: str) -> Linear:
-        """The layer of modules' weights, and biases where there are any, stacked in this order."""
+    def table(self, module: str, rows: int) -> Tensor:
+        """The first rows of a matrix in the model's dtype on its device."""
+
+    def linear(self, *modules: str, order: Tensor | None = None) -> Linear:
+        """The layer of modules' weights, and biases where there are any, stacked in this order.
+
+        order: where each row of the stack comes from, when not from its own place.
+        """
+
+    def stacked(self, *modules: str, into: Tensor) -> None:
+        """Write modules' weights, one below the other, to into [outputs, inputs] on the device."""
+
+    def empty(self, *shape: int) -> Tensor:
+        """Room on the device in the model's dtype."""
 
     def ends(self) -> tuple[Embedding, Linear]:
-        """The embedding and the head."""
+        """The embedding and the head, without their projections."""
 
 
-def _build(parts: _Parts, config: ModelConfig, progress: Progress | None, most_threads: int | None = None) -> Decoder:
+def _build(
+    parts: _Parts, config: ModelConfig, names: Names, progress: Progress | None, most_threads: int | None = None
+) -> Decoder:
     """One layer on each thread at a time: what is done to a layer is many operations too small to share."""
     threads = torch.get_num_threads()
     loaders = threads if most_threads is None else min(threads, most_threads)
     blocks = []
+    make = partial(_block, parts, config, names, rotary_order(config))
     try:
         with ThreadPoolExecutor(loaders, "loader", torch.set_num_threads, (1,)) as pool:
-            ends = pool.submit(parts.ends)
-            for block in pool.map(partial(_block, parts), range(config.num_layers)):
+            ends = pool.submit(_ends, parts, config, names)
+            for block in pool.map(make, range(config.num_layers)):
                 blocks.append(block)
                 if progress is not None:
                     progress(parts.done_bytes, parts.total_bytes)
             embedding, head = ends.result()
     finally:
         torch.set_num_threads(threads)  # some of what the pool's threads have set is the process's
-    norm = parts.vector(NORM)
+    norm = parts.norm(names.base + names.final_norm) if config.final_norm else None
+    positions = None
+    if config.position_offset is not None:
+        table = parts.table(f"{names.base}{names.positions}", config.max_position + config.position_offset)
+        positions = Positions(table, config.position_offset)
     if progress is not None:
         progress(parts.total_bytes, parts.total_bytes)
-    if norm.device.type == "cuda":
+    if parts.for_gpu:
         from vserve.model.gpu_decoder import GpuDecoder  # its kernels need Triton, which torch for CPUs comes without
 
-        return GpuDecoder(config, embedding, blocks, norm, head)
-    return Decoder(config, reference, embedding, blocks, norm, head)
+        return GpuDecoder(config, embedding, blocks, norm, head, positions)
+    return Decoder(config, reference, embedding, blocks, norm, head, positions)
 
 
-def _block(parts: _Parts, layer: int) -> Block:
-    attention, mlp = f"model.layers.{layer}.self_attn.", f"model.layers.{layer}.mlp."
+def _ends(parts: _Parts, config: ModelConfig, names: Names) -> tuple[Embedding, Linear]:
+    embedding, head = parts.ends()
+    if config.embedding_size is None:
+        return (
+            (embedding, head)
+            if config.embedding_scale == 1.0
+            else (
+                FittedEmbedding(embedding, config.embedding_scale, None),
+                head,
+            )
+        )
+    inward = parts.linear(f"{names.base}{names.project_in}")
+    outward = parts.linear(f"{names.base}{names.project_out}")
+    return FittedEmbedding(embedding, config.embedding_scale, inward), Chain(outward, head)
+
+
+def _block(parts: _Parts, config: ModelConfig, names: Names, order: Tensor | None, layer: int) -> Block:
+    prefix = names.base + names.layer.format(layer)
+    window = config.window(layer)
+    if config.has_experts(layer):
+        mlp: Mlp | Experts = _experts(parts, config, names, prefix)
+    else:
+        up = parts.linear(*(prefix + name for name in names.gate_up))
+        mlp = Mlp(up, parts.linear(prefix + names.down))
     return Block(
-        attention_norm=parts.vector(f"model.layers.{layer}.input_layernorm.weight"),
-        qkv=parts.linear(attention + "q_proj", attention + "k_proj", attention + "v_proj"),
-        output=parts.linear(attention + "o_proj"),
-        mlp_norm=parts.vector(f"model.layers.{layer}.post_attention_layernorm.weight"),
-        gate_up=parts.linear(mlp + "gate_proj", mlp + "up_proj"),
-        down=parts.linear(mlp + "down_proj"),
+        attention_norm=parts.norm(prefix + names.attention_norm),
+        qkv=parts.linear(*(prefix + name for name in names.qkv), order=order),
+        output=parts.linear(prefix + names.output),
+        mlp_norm=parts.norm(prefix + names.mlp_norm),
+        mlp=mlp,
+        q_norm=parts.norm(prefix + names.q_norm).weight if config.qk_norm else None,
+        k_norm=parts.norm(prefix + names.k_norm).weight if config.qk_norm else None,
+        attention_post_norm=parts.norm(prefix + names.attention_post_norm).weight if config.sandwich else None,
+        mlp_post_norm=parts.norm(prefix + names.mlp_post_norm).weight if config.sandwich else None,
+        window=window,
+        rotation=1 if window is not None and config.local_rope_theta is not None else 0,
     )
+
+
+def _experts(parts: _Parts, config: ModelConfig, names: Names, prefix: str) -> Experts:
+    wanted = config.experts
+    assert wanted is not None
+    routing = Routing(parts.linear(prefix + names.router), wanted.active, wanted.normalised)
+    inside = [prefix + names.expert.format(number) for number in range(wanted.count)]
+    if not parts.for_gpu:
+        gate_up = [parts.linear(*(expert + name for name in names.expert_gate_up)) for expert in inside]
+        return GroupedExperts(
+            routing, gate_up, [parts.linear(expert + names.expert_down) for expert in inside], reference.silu_mul
+        )
+    from vserve.kernels import moe
+
+    up = parts.empty(wanted.count, 2 * wanted.intermediate_size, config.hidden_size)
+    down = parts.empty(wanted.count, config.hidden_size, wanted.intermediate_size)
+    for number, expert in enumerate(inside):
+        parts.stacked(*(expert + name for name in names.expert_gate_up), into=up[number])
+        parts.stacked(expert + names.expert_down, into=down[number])
+    return StackedExperts(routing, up, down, moe.experts)
 
 
 class _StoredParts:
@@ -209,67 +247,136 @@ class _StoredParts:
     def __init__(
         self,
         weights: Weights,
-        tied: bool,
+        config: ModelConfig,
+        names: Names,
         device: torch.device,
         dtype: torch.dtype,
         copies: bool,
+        for_gpu: bool,
         uploader: Uploader | None = None,
     ) -> None:
+        self.for_gpu = for_gpu
         self._weights = weights
         self._uploader = uploader
-        self._tied = tied
-        self._device = device
+        self._config = config
+        self._names = names
+        self.device = device
         self._dtype = dtype
-        self._grouped = has_grouped(device, dtype)
+        self._grouped = not for_gpu and has_grouped(device, dtype)
         self._copies = copies
         self._taken: list[int] = []
+        self._noted: list[tuple[tuple[str, ...], Tensor]] = []
         self.total_bytes = weights.total_bytes
 
     @property
     def done_bytes(self) -> int:
         return min(sum(self._taken), self.total_bytes)
 
-    def vector(self, name: str) -> Tensor:
-        return self._take(name).dense(self._dtype).to(self._device)
+    def norm(self, module: str) -> Norm:
+        weight = self._vector(f"{module}.weight", torch.float32)
+        if self._config.norm is NormKind.RMS_PLUS_ONE:
+            weight += 1.0  # in float32, and left so: in bfloat16 the sum would lose most of what was learned
+        else:
+            weight = weight.to(self._dtype)
+        biased = self._config.norm is NormKind.LAYER
+        bias = self._vector(f"{module}.bias", self._dtype).to(self.device) if biased else None
+        return Norm(weight.to(self.device), bias)
 
-    def linear(self, *modules: str) -> Linear:
+    def table(self, module: str, rows: int) -> Tensor:
+        return self._dense([self._take(f"{module}.weight").rows(0, rows)])
+
+    def linear(self, *modules: str, order: Tensor | None = None) -> Linear:
         stored = [self._take(f"{module}.weight") for module in modules]
         # All have a bias or none has: check() has seen to it.
-        biases = [self.vector(f"{module}.bias") for module in modules if f"{module}.bias" in self._weights]
-        return self._linear(stored, torch.cat(biases) if biases else None)
+        biases = [
+            self._vector(f"{module}.bias", self._dtype) for module in modules if f"{module}.bias" in self._weights
+        ]
+        bias = torch.cat(biases) if biases else None
+        if order is not None:
+            assert len(stored) == 1, "rows that change places are those of one fused projection"
+            stored = [stored[0].select_rows(order)]
+            bias = None if bias is None else bias[order]
+        return self._linear(stored, None if bias is None else bias.to(self.device))
+
+    def stacked(self, *modules: str, into: Tensor) -> None:
+        self._fill(into, [self._take(f"{module}.weight") for module in modules])
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self._dtype, device=self.device)
 
     def ends(self) -> tuple[Embedding, Linear]:
-        stored = self._take(EMBEDDING)
-        if self._tied:
-            table = None if self._device.type == "cpu" else self._dense([stored])
-            head = self._linear([stored], None) if table is None else dense_linear(table)
+        stored = self._take(f"{self._names.base}{self._names.embedding}.weight", turned=False)
+        if self._config.tie_embeddings:
+            table = self._dense([stored]) if self.for_gpu else None
+            head = self._linear([stored], None) if table is None else PlainLinear(table)
             return self._embedding(stored, table), head
-        return self._embedding(stored, None), self._linear([self._take(HEAD)], None)
+        head = self._linear([self._take(f"{self._names.head}.weight", turned=False)], None)
+        return self._embedding(stored, None), head
 
-    def _take(self, name: str) -> StoredTensor:
+    def verify(self) -> None:
+        """StartupError naming a tensor that has a NaN or an infinity, in the file or for want of range in the dtype."""
+        # One number a tensor, added up in float32: any NaN or infinity is still there.
+        totals = torch.stack([numbers.sum(dtype=torch.float32).to(self.device) for _, numbers in self._noted])
+        for place in totals.isfinite().logical_not().nonzero().flatten().tolist():
+            for name in self._noted[place][0]:
+                numbers = self._weights.get(name).dense(torch.float32)
+                if not numbers.isfinite().all():
+                    raise StartupError(
+                        f"tensor {name} holds NaN or infinite numbers: the file is damaged or the model diverged; "
+                        "--allow-nan-weights loads it all the same"
+                    )
+                if not numbers.to(self._dtype).isfinite().all():
+                    raise StartupError(f"tensor {name} has numbers too large for {self._dtype}; try --dtype bfloat16")
+
+    def _take(self, name: str, turned: bool = True) -> StoredTensor:
         stored = self._weights.get(name)
         self._taken.append(stored.nbytes)  # one operation, so no lock
+        if turned and self._config.transposed and len(stored.shape) == 2 and not name.startswith(self._tables):
+            return replace(stored, shape=stored.shape[::-1], data=stored.data.t())
         return stored
+
+    @property
+    def _tables(self) -> tuple[str, ...]:
+        """Matrices that are no linear layers."""
+        return (f"{self._names.base}{self._names.positions}.",)
+
+    def _vector(self, name: str, dtype: torch.dtype) -> Tensor:
+        vector = self._take(name).dense(dtype)
+        self._note((name,), vector)
+        return vector
+
+    def _note(self, names: tuple[str, ...], numbers: Tensor) -> None:
+        # On a GPU the numbers may still be on their way: they are added up at the end, and kept by the decoder anyway.
+        self._noted.append((names, numbers.sum(dtype=torch.float32) if numbers.device.type == "cpu" else numbers))
 
     def _embedding(self, stored: StoredTensor, table: Tensor | None) -> Embedding:
         """The rows as they are stored, in memory of our own; table: one already on the device, to share."""
-        if stored.quantised and self._device.type == "cpu":
+        if stored.quantised and not self.for_gpu:
             return StoredEmbedding(stored.select_rows(torch.arange(stored.shape[0])), self._dtype)
         if table is None:
             table = self._dense([stored], self._dtype if stored.quantised else stored.data.dtype)
         return DenseEmbedding(table, self._dtype)
 
     def _linear(self, stored: Sequence[StoredTensor], bias: Tensor | None) -> Linear:
+        if self.for_gpu:
+            return PlainLinear(self._dense(stored), bias)
         if not (self._grouped and all(quant.can_group(part.kind) for part in stored)):
             return dense_linear(self._dense(stored), bias)
         q, scale, minimum = (torch.cat(part) for part in zip(*map(quant.unpack_groups, stored), strict=True))
+        names = tuple(part.name for part in stored)
+        self._note(names, scale)
+        self._note(names, minimum)
         many = dense_linear(self._dense(stored), bias) if self._copies else None
         return GroupedLinear(q, scale, minimum, bias, many)
 
     def _dense(self, stored: Sequence[StoredTensor], dtype: torch.dtype | None = None) -> Tensor:
         """The numbers of all parts one below the other, [sum of rows, cols], on the device; dtype None: the model's."""
         rows = sum(part.shape[0] for part in stored)
-        weight = torch.empty((rows, stored[0].shape[1]), dtype=dtype or self._dtype, device=self._device)
+        weight = torch.empty((rows, stored[0].shape[1]), dtype=dtype or self._dtype, device=self.device)
+        self._fill(weight, stored)
+        return weight
+
+    def _fill(self, weight: Tensor, stored: Sequence[StoredTensor]) -> None:
         start = 0
         for part in stored:
             target = weight[start : start + part.shape[0]]
@@ -278,15 +385,18 @@ class _StoredParts:
             else:
                 self._uploader.rows(target, part.write_rows)
             start += part.shape[0]
-        return weight
+        self._note(tuple(part.name for part in stored), weight)
 
 
 class _DummyParts:
     """Parts drawn at random on the device itself, each tensor from a seed of its own: threads change nothing."""
 
-    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int) -> None:
+    def __init__(self, config: ModelConfig, names: Names, device: torch.device, dtype: torch.dtype, seed: int) -> None:
         self._shapes = expected_shapes(config)
-        self._device = device
+        self._config = config
+        self._names = names
+        self.device = device
+        self.for_gpu = device.type == "cuda"
         self._dtype = dtype
         self._seed = seed
         self._drawn: list[int] = []
@@ -296,24 +406,39 @@ class _DummyParts:
     def done_bytes(self) -> int:
         return min(sum(self._drawn), self.total_bytes)
 
-    def vector(self, name: str) -> Tensor:
-        return torch.ones(self._shapes[name], dtype=self._dtype, device=self._device)
+    def norm(self, module: str) -> Norm:
+        weight = torch.ones(self._shapes[f"{module}.weight"], dtype=self._dtype, device=self.device)
+        return Norm(weight, torch.zeros_like(weight) if self._config.norm is NormKind.LAYER else None)
 
-    def linear(self, *modules: str) -> Linear:
-        shapes = [self._shapes[f"{module}.weight"] for module in modules]
+    def table(self, module: str, rows: int) -> Tensor:
+        return self._matrix(module, rows, self._shapes[f"{module}.weight"][1])
+
+    def linear(self, *modules: str, order: Tensor | None = None) -> Linear:
+        shapes = [self._turned(f"{module}.weight") for module in modules]
         outputs, inputs = sum(shape[0] for shape in shapes), shapes[0][1]
         biased = f"{modules[0]}.bias" in self._shapes
-        bias = torch.zeros(outputs, dtype=self._dtype, device=self._device) if biased else None
+        bias = torch.zeros(outputs, dtype=self._dtype, device=self.device) if biased else None
         return dense_linear(self._matrix(modules[0], outputs, inputs), bias)
 
+    def stacked(self, *modules: str, into: Tensor) -> None:
+        into.copy_(self._matrix(modules[0], *into.shape))
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self._dtype, device=self.device)
+
     def ends(self) -> tuple[Embedding, Linear]:
-        rows, cols = self._shapes[EMBEDDING]
-        table = self._matrix(EMBEDDING, rows, cols)
-        head = self._matrix(HEAD, rows, cols) if HEAD in self._shapes else table
-        return DenseEmbedding(table, self._dtype), dense_linear(head)
+        embedding, head = f"{self._names.base}{self._names.embedding}.weight", f"{self._names.head}.weight"
+        rows, cols = self._shapes[embedding]
+        table = self._matrix(embedding, rows, cols)
+        other = self._matrix(head, rows, cols) if head in self._shapes else table
+        return DenseEmbedding(table, self._dtype), dense_linear(other)
+
+    def _turned(self, name: str) -> tuple[int, ...]:
+        shape = self._shapes[name]
+        return shape[::-1] if self._config.transposed else shape
 
     def _matrix(self, name: str, rows: int, cols: int) -> Tensor:
-        generator = torch.Generator(self._device).manual_seed(self._seed + (zlib.crc32(name.encode()) << 32))
-        weight = torch.empty((rows, cols), dtype=self._dtype, device=self._device)
+        generator = torch.Generator(self.device).manual_seed(self._seed + (zlib.crc32(name.encode()) << 32))
+        weight = torch.empty((rows, cols), dtype=self._dtype, device=self.device)
         self._drawn.append(weight.nbytes)
         return weight.normal_(0.0, _DUMMY_SPREAD, generator=generator)

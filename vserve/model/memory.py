@@ -53,7 +53,13 @@ def step_bytes(config: ModelConfig, *, tokens: int, draws: int, element_bytes: i
     """About what one step takes beside weights and cache: its widest activations, and the logits of its draws."""
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     width = 3 * config.intermediate_size + 2 * heads + 4 * config.hidden_size
-    return tokens * width * element_bytes + draws * config.vocab_size * (element_bytes + 4)
+    experts, extra = config.experts, 0
+    if experts is not None:
+        # Each pair of a token and one of its experts has a row of hidden numbers, and its result in float32.
+        pair = experts.intermediate_size * element_bytes + config.hidden_size * 4
+        extra = experts.active * pair + experts.count * (element_bytes + 8)
+    logits = element_bytes + 4 + (4 if config.logit_softcap is not None else 0)
+    return tokens * (width * element_bytes + extra) + draws * config.vocab_size * logits
 
 
 def plan_cache(

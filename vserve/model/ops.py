@@ -69,8 +69,22 @@ class Ops(Protocol):
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """(rms_norm(x + residual), x + residual); overwrites residual with the sum."""
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """gate_up [T, 2F] -> silu(first half) * second half [T, F]."""
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """LayerNorm of x [T, D] with weight, bias [D] -> [T, D] in x's dtype, computed in float32."""
+
+    def add_layer_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """(layer_norm(x + residual), x + residual); overwrites residual with the sum."""
+
+    def gated(self, gate_up: Tensor, activation: str) -> Tensor:
+        """gate_up [T, 2F] -> activation(first half) * second half [T, F].
+
+        activation: "silu", "relu", "gelu" or "gelu_tanh", here and below.
+        """
+
+    def activate(self, x: Tensor, activation: str) -> Tensor:
+        """activation(x), [T, F]; x is undefined afterwards."""
 
     def plan(
         self,
@@ -87,18 +101,38 @@ class Ops(Protocol):
     ) -> object:
         """What every layer of one step shares, worked out once; handed as it is to the two operations below.
 
-        cos, sin [max positions, E / 2] float32: the rotation of every position; the rest as in Step and KvCache.
+        cos, sin [max positions, R * E / 2] float32: R rotations of every position side by side; the rest as in
+        Step and KvCache.
         """
 
-    def rope_and_write(self, qkv: Tensor, pairs: Tensor, plan: object) -> Tensor:
+    def rope_and_write(
+        self,
+        qkv: Tensor,
+        pairs: Tensor,
+        plan: object,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
+        rotation: int = 0,
+    ) -> Tensor:
         """Rotate queries and keys (halves layout), write keys and values to the plan's slots; returns the queries.
 
         qkv [T, (Hq + 2 Hk) * E]: queries, keys, values; undefined afterwards, but for the queries [T, Hq, E] returned,
-        which may be a view of it.  pairs: one layer of KvCache.pairs.
+        which may be a view of it.  pairs: one layer of KvCache.pairs.  q_norm, k_norm [E], both or neither: each head
+        is RMS-normalised before it is rotated.  rotation: which of the tables that lie side by side in cos and sin.
         """
 
-    def paged_attention(self, q: Tensor, pairs: Tensor, plan: object, scale: float) -> Tensor:
+    def paged_attention(
+        self,
+        q: Tensor,
+        pairs: Tensor,
+        plan: object,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
         """Causal attention of q [T, Hq, E] over the pages of each token's own sequence -> [T, Hq * E].
 
-        q is contiguous, or a view of the qkv that rope_and_write had.
+        q is contiguous, or a view of the qkv that rope_and_write had.  window: a token sees so many, itself included;
+        pages that no token of the step sees are not read.  softcap: scores become softcap * tanh(score / softcap).
         """

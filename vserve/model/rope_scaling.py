@@ -25,6 +25,7 @@ class RopeKind(StrEnum):
     LLAMA3 = "llama3"
     YARN = "yarn"
     FACTORS = "factors"
+    LONGROPE = "longrope"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,8 @@ class RopeScaling:
     llama3: factor, low_freq_factor, high_freq_factor, original_max_position.  yarn (arXiv:2309.00071): factor,
     original_max_position, beta_fast, beta_slow, truncate, and attention_factor, which multiplies cos and sin (already
     worked out here).  factors: frequency i is divided by factors[i], head_dim / 2 of them (GGUF's rope_freqs.weight).
+    longrope (arXiv:2402.13753): by factors where sequences may be longer than original_max_position, else by
+    short_factors; attention_factor multiplies cos and sin in both cases.
     """
 
     kind: RopeKind
@@ -48,31 +51,57 @@ class RopeScaling:
     attention_factor: float = 1.0
     truncate: bool = True
     factors: tuple[float, ...] = ()
+    short_factors: tuple[float, ...] = ()
 
 
-def read_json(fields: Fields, position: int) -> tuple[float, RopeScaling | None]:
+def read_json(
+    fields: Fields, position: int, rotary_dim: int, default_theta: float = 10000.0
+) -> tuple[float, RopeScaling | None]:
     """Theta and scaling, from rope_parameters (transformers 5) or rope_theta and rope_scaling (before).
 
-    fields is the whole config.json, position its max_position_embeddings.  StartupError for a kind or a number that is
-    not supported.
+    fields is the whole config.json, position its max_position_embeddings; rotary_dim: numbers of a head that rotate.
+    StartupError for a kind or a number that is not supported.
     """
     section = fields.section("rope_parameters") or fields.section("rope_scaling")
-    theta = fields.number("rope_theta", 1.0, MAX_THETA, 10000.0)
+    theta = fields.number("rope_theta", 1.0, MAX_THETA, default_theta)
     if section is None:
         return theta, None
     theta = section.number("rope_theta", 1.0, MAX_THETA, theta)
-    if section.number("partial_rotary_factor", 0.0, 1.0, 1.0) != 1.0:
-        raise section.fail("partial_rotary_factor", "only 1.0 is supported")
     key = "rope_type" if "rope_type" in section else "type"
     name = section.text(key, "default")
     if name == "default":
         return theta, None
-    reader = _JSON_SCALINGS.get(name or "")
-    if reader is None:
-        raise section.fail(key, f"not supported; supported are default, {', '.join(_JSON_SCALINGS)}")
     # The length before stretching stands beside max_position_embeddings in some files and in the section in others.
     original = section.integer("original_max_position_embeddings", 1, MAX_POSITION, position)
-    return theta, reader(section, fields.integer("original_max_position_embeddings", 1, MAX_POSITION, original))
+    original = fields.integer("original_max_position_embeddings", 1, MAX_POSITION, original)
+    if name in _LONGROPE_NAMES:
+        return theta, _longrope(section, original, position, rotary_dim)
+    reader = _JSON_SCALINGS.get(name or "")
+    if reader is None:
+        raise section.fail(key, f"not supported; supported are default, {', '.join(_JSON_SCALINGS)}, longrope")
+    return theta, reader(section, original)
+
+
+_LONGROPE_NAMES: Final = ("longrope", "su")
+"""What it is called, and what it was called at first."""
+
+
+def _longrope(section: Fields, original: int, position: int, rotary_dim: int) -> RopeScaling:
+    factors = {}
+    for key in ("long_factor", "short_factor"):
+        factors[key] = section.numbers(key, 1e-6, 1e6)
+        if len(factors[key]) != rotary_dim // 2:
+            raise section.fail(key, f"must be {rotary_dim // 2} factors")
+    stretch = section.number("factor", 1e-3, 1e6, position / original)
+    attention = 1.0 if stretch <= 1.0 else math.sqrt(1.0 + math.log(stretch) / math.log(original))
+    return RopeScaling(
+        RopeKind.LONGROPE,
+        stretch,
+        original,
+        attention_factor=section.number("attention_factor", 1e-6, 1e6, attention),
+        factors=factors["long_factor"],
+        short_factors=factors["short_factor"],
+    )
 
 
 def _linear(section: Fields, original: int) -> RopeScaling:
@@ -128,10 +157,12 @@ def _yarn_magnitude(factor: float, weight: float) -> float:
     return 0.1 * weight * math.log(factor) + 1.0
 
 
-def read_gguf(fields: Fields, position: int, head_dim: int, factors: tuple[float, ...]) -> RopeScaling | None:
+def read_gguf(
+    fields: Fields, architecture: str, position: int, head_dim: int, factors: tuple[float, ...]
+) -> RopeScaling | None:
     """Scaling from GGUF metadata; factors is the file's rope_freqs.weight, () without one.  StartupError as above."""
-    prefix = "llama.rope.scaling."
-    name = fields.text(prefix + "type", "linear" if "llama.rope.scale_linear" in fields else "none")
+    prefix, scale_linear = f"{architecture}.rope.scaling.", f"{architecture}.rope.scale_linear"
+    name = fields.text(prefix + "type", "linear" if scale_linear in fields else "none")
     if factors:
         if len(factors) != head_dim // 2 or not all(1e-6 <= factor <= 1e6 for factor in factors):
             raise fields.fail("rope_freqs.weight", f"must hold {head_dim // 2} positive factors")
@@ -140,7 +171,7 @@ def read_gguf(fields: Fields, position: int, head_dim: int, factors: tuple[float
         return RopeScaling(RopeKind.FACTORS, factors=factors)
     if name == "none":
         return None
-    factor = fields.number(prefix + "factor", 1.0, 1e6, fields.number("llama.rope.scale_linear", 1.0, 1e6, 1.0))
+    factor = fields.number(prefix + "factor", 1.0, 1e6, fields.number(scale_linear, 1.0, 1e6, 1.0))
     original = fields.integer(prefix + "original_context_length", 1, MAX_POSITION, position)
     if name == RopeKind.LINEAR:
         return RopeScaling(RopeKind.LINEAR, factor, original)

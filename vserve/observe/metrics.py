@@ -192,6 +192,30 @@ class EncoderSnapshot:
     histograms: Mapping[str, Counted]
 
 
+class Ring(Protocol):
+    """The memory of traces at one moment."""
+
+    @property
+    def kept(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def total(self) -> int: ...
+    @property
+    def pushed_out(self) -> int: ...
+
+
+class Exported(Protocol):
+    """Spans by fate."""
+
+    @property
+    def sent(self) -> int: ...
+    @property
+    def failed(self) -> int: ...
+    @property
+    def dropped(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """Everything the event loop counts, as of one moment."""
@@ -202,6 +226,8 @@ class Snapshot:
     http_time: Mapping[tuple[str, str], Counted]
     refused: Mapping[str, int]
     lag: Counted
+    ring: Ring | None = None
+    exported: Exported | None = None
     stored: Stored | None = None
 
 
@@ -213,6 +239,8 @@ class Metrics:
         self.lag = Histogram(LAG_S)
         self.timer = Lag(self.lag.observe)
         self.gpu: Callable[[], float | None] | None = None  # asked in render's thread
+        self.ring: Callable[[], Ring] | None = None
+        self.exported: Callable[[], Exported] | None = None
         self.stored: Callable[[], Stored] | None = None
         self._engine: EngineSeries | None = None
         self._encoder: EncoderSeries | None = None
@@ -260,8 +288,17 @@ class Metrics:
             shown = EngineSnapshot(engine.labels, engine.now(), dict(engine.finished), histograms)
         times = {key: histogram.snapshot() for key, histogram in self._http_time.items()}
         encoder = None if self._encoder is None else _encoder_snapshot(self._encoder)
-        stored = None if self.stored is None else self.stored()
-        return Snapshot(shown, encoder, dict(self._http), times, dict(self._refused), self.lag.snapshot(), stored)
+        return Snapshot(
+            shown,
+            encoder,
+            dict(self._http),
+            times,
+            dict(self._refused),
+            self.lag.snapshot(),
+            ring=None if self.ring is None else self.ring(),
+            exported=None if self.exported is None else self.exported(),
+            stored=None if self.stored is None else self.stored(),
+        )
 
     def render(self, snapshot: Snapshot) -> bytes:
         """The exposition text.  Takes milliseconds: any thread but the loop's."""
@@ -297,6 +334,20 @@ class _Ours(Collector):
         lag = HistogramMetricFamily("vserve_event_loop_lag_seconds", "Seconds by which a timer of the loop was late.")
         lag.add_metric((), snapshot.lag.cumulative(), snapshot.lag.total)
         yield lag
+        yield from _traces(snapshot.ring, snapshot.exported)
+
+
+def _traces(ring: Ring | None, exported: Exported | None) -> Iterator[Metric]:
+    if ring is not None:
+        yield GaugeMetricFamily("vserve_traces_kept", "Requests whose timeline is kept.", ring.kept)
+        yield GaugeMetricFamily("vserve_traces_bytes", "Bytes of these timelines.", ring.bytes)
+        yield CounterMetricFamily("vserve_traces", "Requests whose timeline was noted.", ring.total)
+        yield CounterMetricFamily("vserve_traces_pushed_out", "Timelines dropped for newer ones.", ring.pushed_out)
+    if exported is not None:
+        spans = CounterMetricFamily("vserve_spans", "Spans for the OpenTelemetry collector.", labels=("outcome",))
+        for outcome, count in (("sent", exported.sent), ("failed", exported.failed), ("dropped", exported.dropped)):
+            spans.add_metric((outcome,), count)
+        yield spans
 
 
 def _engine(shown: EngineSnapshot | None, gpu: Callable[[], float | None] | None) -> Iterator[Metric]:

@@ -17,9 +17,11 @@ from datetime import datetime
 from typing import Final, TypeVar
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.parser
 import jinja2.runtime
+import jinja2.utils
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
@@ -101,6 +103,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self._thread = _ThreadMeter()
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = lambda format: now().strftime(format)
+        self.globals["namespace"] = _Namespace
         del self.globals["lipsum"]
         self.filters["tojson"] = _to_json
         for name in ("center", "format", "indent", "join", "replace", "wordwrap"):
@@ -224,6 +227,26 @@ class _Metering(NodeTransformer):
 
 def _call(name: str, arguments: list[nodes.Expr], line: int) -> nodes.Call:
     return nodes.Call(nodes.EnvironmentAttribute(name, lineno=line), arguments, [], None, None, lineno=line)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """jinja2's, without names that begin with an underscore: none can stand in for a hook of Python."""
+
+    def __init__(*args: object, **kwargs: object) -> None:
+        # Without named parameters, so that a template may call an attribute self.
+        attributes = dict(*args[1:], **kwargs)
+        for name in attributes:
+            _check_attribute(name)
+        jinja2.utils.Namespace.__init__(args[0], attributes)
+
+    def __setitem__(self, name: str, value: object) -> None:
+        _check_attribute(name)
+        super().__setitem__(name, value)
+
+
+def _check_attribute(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace has no attribute {name!r}: it begins with an underscore")
 
 
 class _GenerationTag(jinja2.ext.Extension):

@@ -22,11 +22,14 @@ from vserve.text.tokenizer import read_json_object
 
 _SOURCE_LIMIT_CHARS: Final = 2**20
 _BOUNDS: Final = Bounds()
-_MARK: Final = "\x02END-OF-FINAL-MESSAGE\x03 "
+_MARK: Final = "END-OF-THE-MESSAGE-TO-CONTINUE "
 """Put behind the text to be continued, to find where it ends in the rendered prompt.
 
-Where the template trims messages the space at its end is gone, which says that the text's own must go too.
+Where the template trims messages the space at its end is gone, which says that the text's own must go too.  Plain
+letters: templates that write messages as JSON leave them as they are.
 """
+_REASONING: Final = ("reasoning_content", "reasoning", "thinking")
+"""Names under which a message's reasoning comes; families' templates read the first or the last."""
 
 
 class ContentFormat(Enum):
@@ -67,6 +70,7 @@ class ChatTemplate:
             self.content_format = _content_format(tree)
             self._words = _words(tree)
             self._tests_string = _tests(tree, "string")
+            self._joins_arguments = _joins(tree, "arguments")
             self._tests_none = _tests(tree, "none") or _compares_with_none(tree)
             self._template = self._sandbox.from_string(with_meter(tree))
         except jinja2.TemplateSyntaxError as error:
@@ -133,9 +137,13 @@ class ChatTemplate:
     def _message(self, message: Mapping[str, object]) -> dict[str, object]:
         """A copy of message with its content in the template's format and tool arguments as objects."""
         copy = dict(message)
+        reasoning = next((copy[name] for name in _REASONING if copy.get(name) is not None), None)
+        if reasoning is not None:
+            copy = {"thinking": reasoning, **copy, "reasoning_content": reasoning}
         calls = copy.get("tool_calls")
         if isinstance(calls, list):
-            copy["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
+            as_object = self._tests_string or not self._joins_arguments
+            copy["tool_calls"] = [_with_arguments(call, as_object) for call in calls]
         content = copy.get("content")
         if content is None:
             # Templates that never test for none would join it to a string.
@@ -174,6 +182,23 @@ def find_templates(folder: Path) -> dict[str, str]:
     if (folder / "chat_template.jinja").is_file():
         found["default"] = _read_template(folder / "chat_template.jinja")
     return found
+
+
+def read_template(given: str) -> str:
+    """The template that --chat-template names: a file's content, or given itself where it holds Jinja.
+
+    Raises StartupError for what is neither.
+    """
+    path = Path(given)
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError):  # too long for a name, or of several lines
+        is_file = False
+    if is_file:
+        return _read_template(path)
+    if "{{" in given or "{%" in given:
+        return given
+    raise StartupError(f"--chat-template {shorten(given)} is neither a file nor a template with {{{{ }}}} or {{% %}}")
 
 
 def _listed_templates(value: object, path: Path) -> dict[str, str]:
@@ -239,6 +264,25 @@ def _tests(tree: nodes.Template, name: str) -> bool:
     return any(test.name == name for test in tree.find_all(nodes.Test))
 
 
+def _joins(tree: nodes.Template, attribute: str) -> bool:
+    """Whether an attribute of this name is written, or joined to a string, as it is, which takes text."""
+    names = {
+        assignment.target.name
+        for assignment in tree.find_all(nodes.Assign)
+        if isinstance(assignment.target, nodes.Name) and _reads(assignment.node, attribute)
+    }
+    written: list[nodes.Node] = [part for joined in tree.find_all(nodes.Concat) for part in joined.nodes]
+    written += [part for output in tree.find_all(nodes.Output) for part in output.nodes]
+    written += [side for sum in tree.find_all(nodes.Add) for side in (sum.left, sum.right)]
+    return any(_reads(part, attribute) or (isinstance(part, nodes.Name) and part.name in names) for part in written)
+
+
+def _reads(node: nodes.Node, attribute: str) -> bool:
+    if isinstance(node, nodes.Getattr):
+        return node.attr == attribute
+    return isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and node.arg.value == attribute
+
+
 def _compares_with_none(tree: nodes.Template) -> bool:
     operands = (operand.expr for operand in tree.find_all(nodes.Operand))
     return any(isinstance(operand, nodes.Const) and operand.value is None for operand in operands)
@@ -250,16 +294,19 @@ def _texts(parts: Sequence[object]) -> list[str]:
     return [text for text in texts if isinstance(text, str)]
 
 
-def _with_parsed_arguments(call: object) -> object:
-    """A tool call whose arguments are an object, as templates expect; clients send them as JSON text."""
+def _with_arguments(call: object, as_object: bool) -> object:
+    """A tool call whose arguments are an object, as most templates expect, or the JSON text that clients send."""
     if not isinstance(call, Mapping):
         return call
     function = call.get("function")
-    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+    if not isinstance(function, Mapping) or isinstance(function.get("arguments"), str) is not as_object:
         return dict(call)
     try:
-        arguments = json.loads(function["arguments"] or "{}")
-    except (ValueError, RecursionError):
+        if as_object:
+            arguments = json.loads(function["arguments"] or "{}")
+        else:
+            arguments = json.dumps(function.get("arguments"), ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
         return dict(call)
     return {**call, "function": {**function, "arguments": arguments}}
 
