@@ -33,10 +33,17 @@ $(VENV)/.test: $(VENV)/.serve constraints-test.txt tests/system.sh tests/e2e/nod
 	@npm ci --silent --prefer-offline --prefix tests/e2e/node
 	@touch $@
 
+# LiteLLM needs another version of the openai package than the tests.
+$(VENV)/litellm/.made: tests/e2e/litellm/requirements.txt | $(BIN)/python
+	@echo "installing LiteLLM in $(VENV)/litellm"
+	@$(BIN)/python -m venv $(VENV)/litellm
+	@$(VENV)/litellm/bin/python -m pip --disable-pip-version-check --quiet install -r $<
+	@touch $@
+
 serve: $(VENV)/.serve   ## start the server
 	@exec $(BIN)/vserve serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
-test: $(VENV)/.test     ## everything that must hold: style, types, tests
+test: $(VENV)/.test $(VENV)/litellm/.made ## everything that must hold: style, types, tests
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy --strict vserve bench deploy
