@@ -5,6 +5,8 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?=
 ARGS ?=
+# Test files that run at a time: many tests wait for a server.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 # The CUDA build of torch is several GB: it is taken only where there is a GPU to use it.
 CONSTRAINTS := $(if $(wildcard /dev/nvidia0),,-c constraints-cpu.txt)
@@ -47,7 +49,7 @@ test: $(VENV)/.test $(VENV)/litellm/.made ## everything that must hold: style, t
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy --strict vserve bench deploy
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-gpu:               ## what needs a GPU; from the checkout, with the python that has torch for CUDA
 	@PYTHONPATH=. $(PYTHON) -m pytest tests/gpu tests/kernels $(ARGS)
