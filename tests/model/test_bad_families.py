@@ -138,7 +138,6 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
         "only default is supported for windowed",
     ),
     "both directions": ("gemma3", {"use_bidirectional_attention": True}, "only false is supported"),
-    "quantised": ("qwen2", {"quantization_config": {"quant_method": "something"}}, "quantization_config"),
 }
 
 

@@ -122,8 +122,6 @@ def _either(values: Values, field: Side, other: Side) -> tuple[str, str | tuple[
 
 
 def _wanted(values: Values, ignored: tuple[str, ...]) -> EncodingWanted:
-    if values[row.TRUNCATE_INPUT] == 0:
-        raise BadRequest("`truncate_prompt_tokens` must be -1 or at least 1, got 0.", param="truncate_prompt_tokens")
     return EncodingWanted(
         values[row.MODEL],
         values[row.TRUNCATE_INPUT],

@@ -44,7 +44,7 @@ class Doc:
     help: one sentence.  takes: the bodies it accepts, one of them.  query: the fields of its query.  reply: the schema
     of its 200 (a name of reply_schema.py), None for one without content.  texts: other media types of a 200.  events:
     the schema of one event's data, where the reply can be a stream.  also: further statuses with a body that is not an
-    error's.  error: the schema of its errors.
+    error's.  error: the schema of its errors.  fails: error statuses that do not follow from the rest of the row.
     """
 
     help: str
@@ -55,6 +55,7 @@ class Doc:
     events: str | None = None
     also: tuple[tuple[int, str], ...] = ()
     error: str = "Error"
+    fails: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -216,6 +216,21 @@ class Int:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """How many to keep: a whole number from 1 to high, or -1 for as many as fit."""
+
+    high: int
+
+    def check(self, value: object, path: str, vocab_size: int) -> int:
+        if type(value) is int and (value == -1 or 1 <= value <= self.high):
+            return value
+        raise wrong(path, f"-1 or an integer between 1 and {self.high}", value)
+
+    def schema(self) -> Schema:
+        return {"anyOf": [{"type": "integer", "minimum": -1, "maximum": -1}, Int(1, self.high).schema()]}
+
+
+@dataclass(frozen=True, slots=True)
 class Float:
     """A finite number in [low, high], or (low, high] when above is set."""
 

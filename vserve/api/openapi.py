@@ -14,8 +14,9 @@ import orjson
 
 from vserve.api import reply_schema
 from vserve.api.accept import has_it
+from vserve.api.access import METRICS
 from vserve.api.app import App
-from vserve.api.entry import INFER, OPEN, Doc, Entry
+from vserve.api.entry import INFER, OPEN, Doc, Entry, Need
 from vserve.api.fields import Schema, Table, object_schema
 from vserve.http.exchange import Exchange, Response
 from vserve.oauth.grants import Flow
@@ -108,7 +109,7 @@ def _operation(entry: Entry, method: str, pattern: str, strict: bool, *, first: 
         "operationId": entry.name if first else f"{entry.name}_{words}",
         "summary": doc.help,
         "tags": [_tag(entry)],
-        "responses": _responses(doc),
+        "responses": {**_responses(doc), **_refusals(entry, method, pattern)},
     }
     parameters = [_path_parameter(name) for name in _PARAMETER.findall(pattern)] + _query(doc.query)
     if parameters:
@@ -130,7 +131,8 @@ def _security(entry: Entry, oauth2: Flow | None) -> list[Schema]:
         return []
     tokens = () if oauth2 is None else oauth2.grants.that_open(entry.auth)
     keys: list[Schema] = [{"bearer": [entry.auth]}, {"apiKey": [entry.auth]}]
-    return keys + [{"oauth2": [theirs]} for theirs in tokens]
+    keys += [{"oauth2": [theirs]} for theirs in tokens]
+    return [{}, *keys] if entry.auth == METRICS else keys  # figures are open until a key has their scope
 
 
 def _with_oauth2(oauth2: Flow) -> Schema:
@@ -177,8 +179,48 @@ def _responses(doc: Doc) -> Schema:
             "description": "The same, with another verdict.",
             "content": {"application/json": {"schema": reply_schema.ref(name)}},
         }
-    made["default"] = {
-        "description": "Refused or failed; the message names the field, the value and the limit.",
-        "content": {"application/json": {"schema": reply_schema.ref(doc.error)}},
-    }
     return made
+
+
+_REASONS = {
+    "400": "The request is wrong; the message names the field, the value and the limit.",
+    "401": "No key, or one that is not known.",
+    "403": "The key is not for this.",
+    "404": "There is no such thing: a model, or what the path names.",
+    "409": "What is named is not in a state for this.",
+    "413": "The body is too large.",
+    "415": "The body's media type is not JSON.",
+    "429": "Too much at once, or the key's quota is used up; Retry-After says when to come back.",
+    "500": "The server failed; the message has the request's id.",
+    "503": "Not now: the model loads, the server drains or the engine is gone.",
+    "504": "The request's deadline passed.",
+    "default": "Refused before the request was understood: its head, its size or its slowness.",
+}
+
+
+def _refusals(entry: Entry, method: str, pattern: str) -> Schema:
+    """The errors that a route can answer with, beside those that it documents as a reply."""
+    takes_body = method == "POST" and entry.auth != OPEN
+    waits = entry.need in (Need.ROOM, Need.ENCODER_ROOM)
+    names_model = any("model" in body.rows for body in entry.doc.takes)
+    possible = {
+        "400": True,
+        "401": entry.auth != OPEN,
+        "403": entry.auth != OPEN,
+        "404": names_model or "{" in pattern,
+        "409": 409 in entry.doc.fails,
+        "413": takes_body,
+        "415": bool(entry.doc.takes) and takes_body,
+        "429": entry.auth != OPEN,
+        "500": True,
+        "503": entry.need is not Need.NOTHING or 503 in entry.doc.fails,
+        "504": waits,
+        "default": True,
+    }
+    content: Schema = {"application/json": {"schema": reply_schema.ref(entry.doc.error)}}
+    said = {str(status) for status, _ in entry.doc.also}
+    return {
+        status: {"description": _REASONS[status], "content": content}
+        for status, might in possible.items()
+        if might and status not in said
+    }

@@ -248,8 +248,6 @@ def _wanted(values: Values, unknown: tuple[str, ...], limit: Field[int | None], 
     options = values[row.STREAM_OPTIONS]
     if options is not None and not values[row.STREAM]:
         raise BadRequest("`stream_options` is allowed only when `stream` is true.", param="stream_options")
-    if values[row.TRUNCATE] == 0:
-        raise BadRequest("`truncate_prompt_tokens` must be -1 or at least 1, got 0.", param="truncate_prompt_tokens")
     allowed = values[row.ALLOWED_IDS]
     if allowed is not None and not allowed:
         raise BadRequest("`allowed_token_ids` is empty: no token could be drawn.", param="allowed_token_ids")

@@ -140,25 +140,26 @@ def table(app: App) -> tuple[Entry, ...]:
         ),
         Entry(
             "responses", post, ("/v1/responses",), responses.create, INFER, Need.ROOM,
-            Doc("Answer, and keep the answer.", takes=(asks_response,), reply="Response",
-                events="ResponseEvent"),
+            Doc("Answer, and keep the answer.", takes=(asks_response,), reply="Response", events="ResponseEvent",
+                fails=(409,)),
         ),
         # Nothing is needed of the model: what was stored can be had while it loads and while others drain.
         Entry(
             "response", get, ("/v1/responses/{id}",), responses.retrieve, INFER, Need.NOTHING,
-            Doc("A stored response, or its events.", query=RETRIEVE, reply="Response", events="ResponseEvent"),
+            Doc("A stored response, or its events.", query=RETRIEVE, reply="Response", events="ResponseEvent",
+                fails=(503,)),
         ),
         Entry(
             "response_delete", ("DELETE",), ("/v1/responses/{id}",), responses.delete, INFER, Need.NOTHING,
-            Doc("Forget a response.", reply="ResponseDeleted"),
+            Doc("Forget a response.", reply="ResponseDeleted", fails=(503,)),
         ),
         Entry(
             "response_cancel", post, ("/v1/responses/{id}/cancel",), responses.cancel, INFER, Need.NOTHING,
-            Doc("Stop a response that runs.", reply="Response"),
+            Doc("Stop a response that runs.", reply="Response", fails=(409, 503)),
         ),
         Entry(
             "response_items", get, ("/v1/responses/{id}/input_items",), responses.input_items, INFER, Need.NOTHING,
-            Doc("What a response was asked.", query=INPUT_ITEMS, reply="ResponseItems"),
+            Doc("What a response was asked.", query=INPUT_ITEMS, reply="ResponseItems", fails=(503,)),
         ),
         Entry(
             "embeddings", post, ("/v1/embeddings",), embeddings.create, INFER, Need.ENCODER_ROOM,

@@ -14,6 +14,7 @@ from vserve.api.fields import (
     Field,
     Float,
     Int,
+    Kept,
     LogitBias,
     Object,
     Objects,
@@ -128,7 +129,7 @@ INCLUDE_STOP: Field[bool] = Field("include_stop_str_in_output", Bool(), False, "
 IGNORE_EOS: Field[bool] = Field("ignore_eos", Bool(), False, "go on after the model's end-of-text tokens")
 SKIP_SPECIAL: Field[bool] = Field("skip_special_tokens", Bool(), True, "leave special tokens out of the text")
 TRUNCATE: Field[int | None] = Field(
-    "truncate_prompt_tokens", Int(-1, _INT32), None, "keep only the last so many prompt tokens; -1: as many as fit"
+    "truncate_prompt_tokens", Kept(_INT32), None, "keep only the last so many prompt tokens; -1: as many as fit"
 )
 PRIORITY: Field[int] = Field("priority", Int(-_INT32, _INT32), 0, "lower is served earlier")
 CACHE_SALT: Field[str | None] = Field(
@@ -386,7 +387,7 @@ NORMALIZE: Field[bool | None] = Field(
     "normalize", Bool(), None, "vectors of length 1, or as the model made them; the model's own choice by default"
 )
 TRUNCATE_INPUT: Field[int | None] = Field(
-    "truncate_prompt_tokens", Int(-1, _INT32), None, "keep the first so many tokens of an input; -1: as many as fit"
+    "truncate_prompt_tokens", Kept(_INT32), None, "keep the first so many tokens of an input; -1: as many as fit"
 )
 _ENCODER: tuple[object, ...] = (
     MODEL, TRUNCATE_INPUT, PRIORITY, TIMEOUT_MS, REQUEST_ID, USER,
