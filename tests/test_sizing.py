@@ -169,5 +169,7 @@ def test_a_packed_head_is_written_out_for_many_draws() -> None:
     config = of_size("8B").config
     head = TensorInfo(HEAD, Kind.Q6_K, (config.vocab_size, config.hidden_size), 0, 0)
     form = GgufTensors({HEAD: head})
+    plain = GgufTensors({HEAD: dataclasses.replace(head, kind=Kind.F16)})
+    assert written_numbers(config, plain, tokens=512, draws=512) == 0
     numbers = [written_numbers(config, form, tokens=512, draws=draws) for draws in (WRITTEN_ROWS, WRITTEN_ROWS + 1)]
     assert numbers == [2 * 14336 * 4096, 128256 * 4096]

@@ -63,6 +63,10 @@ class Quantisation:
         zero_bits = 0 if found.symmetric else 16
         return cls(found.method.value, found.bits, found.group, zero_bits, 8 if found.ordered else 0)
 
+    @property
+    def has_integers(self) -> bool:
+        return not self.is_float
+
     def fits(self, outputs: int, inputs: int) -> bool:
         """Whether a layer of this size can be packed; else it is plain."""
         return inputs % 32 == 0 and not (self.is_float and outputs % 16)
@@ -84,6 +88,11 @@ class GgufTensors:
     @property
     def name(self) -> str:
         return "gguf"
+
+    @property
+    def has_integers(self) -> bool:
+        """False for a file of plain numbers alone."""
+        return bool(self.packed())
 
     def packed(self) -> dict[str, Quantisation]:
         """How each matrix that stays packed lies on a GPU."""
@@ -212,6 +221,7 @@ def reserve(
 ) -> Reserve:
     """For steps of at most so many sequences and tokens."""
     draws = max_num_seqs + min(MIXED_CHUNKS, max_num_seqs)
+    # Steps that score prompts run without a graph; a row of theirs is held twice while its best are sought.
     scored = draws + 2 * MAX_SCORED_TOKENS
     graph_tokens = min(max_tokens, MAX_GRAPH_TOKENS)
     step, graph = (
@@ -226,7 +236,7 @@ def written_numbers(
     config: ModelConfig, quantisation: Quantisation | GgufTensors | None, *, tokens: int, draws: int
 ) -> int:
     """Numbers of the largest matrix that a step writes out for its products, one matrix at a time; 0 for none."""
-    if quantisation is None or (isinstance(quantisation, Quantisation) and quantisation.is_float):
+    if quantisation is None or not quantisation.has_integers:
         return 0
     width, sizes = config.hidden_size, [0]
     if tokens > WRITTEN_ROWS:
