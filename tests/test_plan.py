@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from vserve.cli import main
 from vserve.model.memory import GIB, plan_cache
 from vserve.model.outline import of_size
 from vserve.model.source import _default_file
-from vserve.sizing import CONTEXT_BYTES, cache_budget, reserve, weight_bytes
+from vserve.sizing import CONTEXT_BYTES, COUNTERS_BYTES, cache_budget, reserve, weight_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {
@@ -87,7 +88,7 @@ def test_without_a_model_there_is_the_table(capsys: pytest.CaptureFixture[str]) 
     assert rows["7B", None]["recommended_concurrency"] >= 8
     assert rows["70B", None]["recommended_concurrency"] == 0
     assert rows["70B", None]["least_gpu_bytes"] > 140e9
-    assert rows["70B", "awq"]["weights_bytes"] < 37e9
+    assert rows["70B", "awq"]["weights_bytes"] < 37.5e9
 
 
 def test_a_size_that_would_do_does(capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,7 +115,11 @@ def test_a_concurrency_that_does_not_fit_is_exit_code_1_and_says_what_would(
 
 def test_the_default_model_is_read_from_its_header(capsys: pytest.CaptureFixture[str]) -> None:
     found = model(capsys, str(_default_file()))
-    assert found["weights_bytes"] == 2 * 134_515_008
+    # Q4_1 takes 5 bits a number on a GPU: 4, and a scale and a minimum in float16 for each 32.
+    plain, packed = 49152 * 576 + 61 * 576, 30 * (576 * (2 * 576 + 2 * 192) + 3 * 576 * 1536)
+    assert found["weights_bytes"] == 2 * plain + packed * 5 // 8 + 30 * 4 * COUNTERS_BYTES
+    assert found["quantization"] == "gguf"
+    assert model(capsys, str(_default_file()), "-q", "none")["weights_bytes"] == 2 * 134_515_008
     assert found["recommended_concurrency"] == 256
 
 
@@ -138,12 +143,12 @@ def test_a_hub_id_is_read_from_the_cache_and_nothing_is_downloaded(
 @pytest.mark.parametrize(
     ("section", "flags", "bits"),
     [
-        ({"quant_method": "awq", "bits": 4, "group_size": 128}, (), 4.15625),
-        ({"quant_method": "awq", "w_bit": 4, "q_group_size": 64}, (), 4.3125),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, (), 4.25),
+        ({"quant_method": "awq", "w_bit": 4, "q_group_size": 64}, (), 4.5),
         ({"quant_method": "gptq", "bits": 8, "group_size": -1, "desc_act": False}, (), 8.0),
         ({"quant_method": "fp8"}, (), 8.0),
         ({"quant_method": "awq", "bits": 4, "group_size": 128}, ("--quantization", "none"), 16.0),
-        ({"quant_method": "unheard-of"}, ("--quantization", "awq"), 4.15625),
+        ({"quant_method": "unheard-of"}, ("-q", "awq_marlin"), 4.25),
     ],
 )
 def test_quantised_weights_count_as_they_are_stored(
@@ -152,8 +157,28 @@ def test_quantised_weights_count_as_they_are_stored(
     (folder / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": section}))
     found = model(capsys, str(folder), *flags)
     matrices = 16 * (2 * 2048 * 2048 + 2 * 512 * 2048 + 3 * 8192 * 2048)
-    rest = 2 * (2 * 128256 * 2048 + 33 * 2048)
+    rest = 2 * (2 * 128256 * 2048 + 33 * 2048) + 16 * 4 * COUNTERS_BYTES
     assert found["weights_bytes"] == pytest.approx(matrices * bits / 8 + rest, rel=2e-3)
+    assert (found["refused"] is None) == (section["quant_method"] != "unheard-of")
+
+
+def test_a_plain_model_is_planned_as_if_it_were_quantised(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain, fp8 = (model(capsys, str(folder), "-q", flag) for flag in ("auto", "fp8"))
+    assert (plain["quantization"], fp8["quantization"], fp8["refused"]) == (None, "fp8", None)
+    assert isinstance(plain["weights_bytes"], int)
+    assert isinstance(fp8["weights_bytes"], int)
+    assert fp8["weights_bytes"] < plain["weights_bytes"]
+
+
+def test_weights_that_a_start_would_refuse_are_planned_only_as_something_else(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = {"quant_method": "awq", "bits": 4, "version": "gemv"}
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": section}))
+    assert main(["plan", str(folder)]) == 2
+    assert "only gemm is supported; --quantization plans" in capsys.readouterr().err
+    assert main(["plan", str(folder), "-q", "awq"]) == 0
+    assert "vserve serve would refuse it: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -168,6 +193,7 @@ def test_quantised_weights_count_as_they_are_stored(
         (["7B", "--input-len", "9" * 5000], "--input-len"),
         (["7B", "--input-len", "4000"], "4256 tokens, more than the 4096 of a sequence"),
         (["7B", "--max-model-len", "1000"], "1280 tokens, more than the 1000 of a sequence"),
+        (["--quantization", "exl2"], "--quantization: 'exl2' is not auto, none, awq, gptq, fp8"),
         (["7B", "--quantization", "exl2"], "--quantization: 'exl2' is not auto, none, awq, gptq, fp8"),
         (["7B", "--device", "cpu"], "about GPUs"),
         (["7B", "-tp", "2"], "--tensor-parallel-size: '2' is not supported"),
@@ -185,6 +211,16 @@ def test_what_cannot_be_planned_is_one_line_and_exit_code_2(
     assert said in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(("words", "code"), [(("8B",), 0), (("8B", "--json"), 0), (("70B",), 1)])
+def test_a_reader_that_has_left_is_no_error(words: tuple[str, ...], code: int) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "vserve", "plan", *words]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (code, "")
 
 
 def test_planning_never_loads_torch() -> None:

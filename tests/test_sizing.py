@@ -5,16 +5,25 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.model.families import CASES, config_json, make
 from vserve.errors import StartupError
+from vserve.kernels.packed import Form, pack
 from vserve.model.config import ModelConfig
+from vserve.model.gguf import TensorInfo
+from vserve.model.kinds import Kind
 from vserve.model.memory import GIB, plan_cache
 from vserve.model.outline import SIZES, of_size
+from vserve.model.quantization import Method, Quantization
 from vserve.sizing import (
     CONTEXT_BYTES,
+    COUNTERS_BYTES,
+    HEAD,
+    WRITTEN_ROWS,
+    GgufTensors,
     Plan,
     Quantisation,
     cache_budget,
@@ -22,6 +31,7 @@ from vserve.sizing import (
     fitting_sequences,
     reserve,
     weight_bytes,
+    written_numbers,
 )
 
 SMALL = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_hidden_layers": 3}
@@ -42,26 +52,39 @@ def test_a_size_has_about_as_many_numbers_as_its_name_says(size: str) -> None:
     assert numbers == pytest.approx(float(size[:-1]) * 1e9, rel=0.25)
 
 
-def packed_bytes(method: str, outputs: int, inputs: int, group: int) -> int:
-    """The tensors of one layer as AutoAWQ and GPTQ write them: eight 4-bit numbers an int32."""
-    groups = inputs // group
-    scales, zeros = groups * outputs * 2, groups * (outputs // 8) * 4
-    weight = inputs * (outputs // 8) * 4 if method == "awq" else (inputs // 8) * outputs * 4
-    return weight + scales + zeros + (0 if method == "awq" else inputs * 4)
+@pytest.mark.parametrize("group", [32, 64, None])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_quantised_layers_take_what_packing_them_takes(bits: int, group: int | None, symmetric: bool) -> None:
+    q = torch.zeros(512, 256, dtype=torch.uint8)
+    scale = torch.ones(512, 256 // (group or 256), dtype=torch.float16)
+    form = Form.CENTRE if symmetric else Form.ZERO
+    packed = pack(q, scale, None if symmetric else scale, bits=bits, form=form)
+    found = Quantization(Method.GPTQ, bits, group, symmetric=symmetric)
+    assert Quantisation.of(found).layer_bytes(512, 256) == packed.nbytes
+    assert packed.counters.nbytes == COUNTERS_BYTES
 
 
-@pytest.mark.parametrize("group", [32, 64, 128])
-@pytest.mark.parametrize("method", ["awq", "gptq"])
-def test_quantised_layers_take_what_their_published_tensors_take(method: str, group: int) -> None:
-    quantisation = Quantisation(method, 4, group, zero_bits=4, row_bytes=0 if method == "awq" else 4)
-    assert quantisation.layer_bytes(512, 256) == packed_bytes(method, 512, 256, group)
+def test_an_order_of_groups_has_a_number_for_each_input() -> None:
+    plain, ordered = (Quantisation.of(Quantization(Method.GPTQ, 4, 64, ordered=order)) for order in (False, True))
+    assert ordered.layer_bytes(512, 256) == plain.layer_bytes(512, 256) + torch.arange(256).nbytes
 
 
 def test_only_the_linear_layers_of_the_blocks_are_quantised() -> None:
-    config = ModelConfig.from_json(LLAMA)
-    layers = 3 * (64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 64 * 176)
-    outputs = 3 * (64 + 32 + 32 + 64 + 176 + 176 + 64)
-    assert weight_bytes(config, 2, Quantisation("fp8", 8)) == weight_bytes(config, 2) - layers + 4 * outputs
+    config = ModelConfig.from_json({**LLAMA, "intermediate_size": 192})
+    layers = 3 * (64 * 64 + 2 * 32 * 64 + 64 * 64 + 3 * 64 * 192)
+    outputs = 3 * (64 + 32 + 32 + 64 + 192 + 192 + 64)
+    fp8 = Quantisation("fp8", 8, is_float=True)
+    taken = weight_bytes(config, 2, fp8)
+    assert taken == weight_bytes(config, 2) - layers + 4 * outputs + 3 * 4 * COUNTERS_BYTES
+
+
+def test_experts_and_their_routers_stay_plain() -> None:
+    config = ModelConfig.from_json(config_json("mixtral"))
+    attention = config.num_layers * 2 * (config.num_heads + config.num_kv_heads) * config.head_dim * config.hidden_size
+    packed = weight_bytes(config, 2, Quantisation("awq", 4, None)) - 2 * COUNTERS_BYTES * config.num_layers
+    outputs = config.num_layers * ((config.num_heads + 2 * config.num_kv_heads) * config.head_dim + config.hidden_size)
+    assert packed == weight_bytes(config, 2) - attention * 2 + attention // 2 + 2 * outputs
 
 
 @given(
@@ -120,3 +143,33 @@ def test_more_tokens_in_a_step_reserve_more_and_graphs_have_a_largest_size() -> 
     assert small.step < large.step
     assert small.graph == large.graph
     assert dataclasses.replace(large, libraries=0).total == large.step + large.graph
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "tokens", "numbers"),
+    [
+        (None, 8192, 0),
+        (Quantisation("fp8", 8, is_float=True), 8192, 0),
+        (Quantisation("awq", 4, 128), WRITTEN_ROWS, 0),
+        (Quantisation("awq", 4, 128), WRITTEN_ROWS + 1, 2 * 14336 * 4096),
+    ],
+)
+def test_steps_of_many_rows_reserve_the_largest_matrix_written_out(
+    quantisation: Quantisation | None, tokens: int, numbers: int
+) -> None:
+    config = of_size("8B").config
+    plain, packed = (
+        reserve(config, max_num_seqs=64, max_tokens=tokens, element_bytes=2, quantisation=form)
+        for form in (None, quantisation)
+    )
+    assert packed.step - plain.step == packed.graph - plain.graph == 2 * numbers
+
+
+def test_a_packed_head_is_written_out_for_many_draws() -> None:
+    config = of_size("8B").config
+    head = TensorInfo(HEAD, Kind.Q6_K, (config.vocab_size, config.hidden_size), 0, 0)
+    form = GgufTensors({HEAD: head})
+    plain = GgufTensors({HEAD: dataclasses.replace(head, kind=Kind.F16)})
+    assert written_numbers(config, plain, tokens=512, draws=512) == 0
+    numbers = [written_numbers(config, form, tokens=512, draws=draws) for draws in (WRITTEN_ROWS, WRITTEN_ROWS + 1)]
+    assert numbers == [2 * 14336 * 4096, 128256 * 4096]

@@ -28,11 +28,22 @@ from vserve.model import hub, quantization
 from vserve.model.decoder import Decoder
 from vserve.model.loader import load
 from vserve.model.memory import CachePlan, gib, host_budget, host_memory, plan_cache
+from vserve.model.quantization import Quantization
 from vserve.model.source import ModelSource, SourceKind, resolve
 from vserve.model.threads import Sharing
 from vserve.observe.heartbeat import Heartbeat
 from vserve.observe.progress import Reporter
-from vserve.sizing import SIZES, Plan, Reserve, cache_budget, element_type, reserve, weight_bytes
+from vserve.sizing import (
+    SIZES,
+    GgufTensors,
+    Plan,
+    Quantisation,
+    Reserve,
+    cache_budget,
+    element_type,
+    reserve,
+    weight_bytes,
+)
 from vserve.text import gguf_vocab
 from vserve.text.grammar import Grammars, why_none
 from vserve.text.template import ChatTemplate, find_templates, read_template
@@ -125,7 +136,8 @@ def assemble(
     sizes = SIZES[device.type]
     rows = config.max_num_seqs or sizes.max_num_seqs
     tokens = config.max_num_batched_tokens or sizes.max_num_batched_tokens
-    kept = reserve(source.config, max_num_seqs=rows, max_tokens=tokens, element_bytes=dtype.itemsize)
+    form = _stored_form(config, source, quantised)
+    kept = reserve(source.config, max_num_seqs=rows, max_tokens=tokens, element_bytes=dtype.itemsize, quantisation=form)
     weights = Weighed.now(device)
     plan = plan_cache(
         source.config,
@@ -150,7 +162,7 @@ def assemble(
     reporter.begin("warming up")
     warm_up(runner, limits)
     reporter.end()
-    memory = _memory(config, source, dtype, weights, kept, plan)
+    memory = _memory(config, source, dtype, form, weights, kept, plan)
     heartbeat = Heartbeat(time.monotonic())
     if sharing is not None and isinstance(decoder, Decoder):
         sharing.stepping = lambda: heartbeat.stepping
@@ -246,8 +258,23 @@ def _budget(config: Config, weighed: Weighed, kept: Reserve) -> int:
     return cache_budget(total=weighed.total, utilization=utilization, taken=weighed.taken, reserve=kept)
 
 
+def _stored_form(
+    config: Config, source: ModelSource, quantised: Quantization | None
+) -> Quantisation | GgufTensors | None:
+    """How a GPU keeps the weights, for the arithmetic of memory."""
+    if source.gguf is not None and config.load_format != "dummy":
+        return GgufTensors(source.gguf.tensors)
+    return None if quantised is None else Quantisation.of(quantised)
+
+
 def _memory(
-    config: Config, source: ModelSource, dtype: torch.dtype, loaded: Weighed, kept: Reserve, cache: CachePlan
+    config: Config,
+    source: ModelSource,
+    dtype: torch.dtype,
+    form: Quantisation | GgufTensors | None,
+    loaded: Weighed,
+    kept: Reserve,
+    cache: CachePlan,
 ) -> tuple[str, ...]:
     """Engine.memory; loaded: as it was with the weights alone."""
     if not loaded.total:
@@ -255,7 +282,7 @@ def _memory(
     planned = Plan(
         total=loaded.total,
         allowed=int(loaded.total * config.gpu_memory_utilization),
-        weights=weight_bytes(source.config, dtype.itemsize),
+        weights=weight_bytes(source.config, dtype.itemsize, form),
         context=loaded.taken - loaded.tensors,
         reserve=kept,
         cache=cache,

@@ -10,6 +10,8 @@ import argparse
 import dataclasses
 import json
 import math
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NoReturn
@@ -18,14 +20,15 @@ from vserve import settings
 from vserve.config import Config, parse_bytes
 from vserve.errors import StartupError, shorten
 from vserve.model import hub
-from vserve.model.fields import Fields
 from vserve.model.memory import GIB, gib, plan_cache, token_bytes
 from vserve.model.outline import SIZES as MODEL_SIZES
-from vserve.model.outline import Outline, of_size, outline, refusal
+from vserve.model.outline import Outline, of_size, outline
+from vserve.model.quantization import ALIASES, Method, Quantization
 from vserve.sizing import (
     CONTEXT_BYTES,
     ELEMENT_BYTES,
     SIZES,
+    GgufTensors,
     Plan,
     Quantisation,
     Reserve,
@@ -42,14 +45,13 @@ INPUT_DEFAULT: Final = 1024
 OUTPUT_DEFAULT: Final = 256
 ROWS: Final = (("7B", 4096), ("8B", 4096), ("13B", 2048), ("70B", 1024))
 """The table below every plan: a size, and the tokens of each of its sequences."""
-_WHOLE_ROW: Final = 1 << 30
-"""A group size for scales that serve all inputs of an output."""
 
 QUANTISATIONS: Final[Mapping[str, Quantisation]] = {
-    "awq": Quantisation("awq", 4, 128, zero_bits=4),
-    "gptq": Quantisation("gptq", 4, 128, zero_bits=4, row_bytes=4),
-    "fp8": Quantisation("fp8", 8),
+    "awq": Quantisation.of(Quantization(Method.AWQ, 4, 128)),
+    "gptq": Quantisation.of(Quantization(Method.GPTQ, 4, 128, ordered=True)),
+    "fp8": Quantisation.of(Quantization(Method.FP8)),
 }
+"""What --quantization means for a model whose own files do not say it: the usual group, and all that may lie beside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--output-len", default=None, metavar="TOKENS", help=f"of each answer ({OUTPUT_DEFAULT})")
     made.add_argument(
         "--quantization",
-        default="auto",
+        "-q",
+        default=None,
         metavar="|".join(("auto", "none", *QUANTISATIONS)),
-        help="of the weights; auto: as config.json says",
+        help="as if the weights were so; auto: as the model's files say",
     )
     made.add_argument("--json", action="store_true", help="print one JSON object")
     return made
@@ -131,14 +134,13 @@ def run(words: Sequence[str], environ: Mapping[str, str]) -> int:
         output_len=_count("--output-len", given.output_len, OUTPUT_DEFAULT),
         concurrency=None if given.concurrency is None else _count("--concurrency", given.concurrency, 1),
     )
-    if given.quantization not in ("auto", "none", *QUANTISATIONS):
-        raise StartupError(f"--quantization: {given.quantization!r} is not auto, none, {', '.join(QUANTISATIONS)}")
+    method = _method(given.quantization or config.quantization)
     found = None
     answer = None
     if config.model is not None:
         environ = hub.environ_with(environ, config.download_dir, config.hf_token)
         found = outline(config.model, environ=environ, revision=config.revision)
-        answer = answered(found, config, wanted, _quantisation(found, given.quantization))
+        answer = answered(found, config, wanted, _quantisation(found, method))
     # The table's models have their own lengths: a flag for the one asked about is not for them.
     general = dataclasses.replace(config, max_model_len=None)
     rows = [
@@ -147,14 +149,25 @@ def run(words: Sequence[str], environ: Mapping[str, str]) -> int:
         for quantisation in (None, QUANTISATIONS["awq"])
     ]
     if given.json:
-        print(json.dumps(_as_json(found, answer, rows, config, wanted), indent=2))
+        _print(json.dumps(_as_json(found, answer, rows, config, wanted), indent=2))
     else:
         page = [] if found is None or answer is None else [*_page(found, answer, config, wanted), ""]
-        print("\n".join(page + _table(rows, config, wanted)))
+        _print("\n".join(page + _table(rows, config, wanted)))
     return 0 if answer is None or _fits(answer, wanted) else EXIT_DOES_NOT_FIT
 
 
-def answered(found: Outline, config: Config, wanted: Wanted, quantisation: Quantisation | None) -> Answer:
+def _print(text: str) -> None:
+    """To stdout; a reader that has seen enough, such as head, is no mistake."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # What could not be written would be tried again at the end of the process.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def answered(found: Outline, config: Config, wanted: Wanted, quantisation: Quantisation | GgufTensors | None) -> Answer:
     """The plan of one model.  Raises StartupError where what is wanted contradicts the model or itself."""
     model = found.config
     longest = min(model.max_position, config.max_model_len or model.max_position)
@@ -167,7 +180,7 @@ def answered(found: Outline, config: Config, wanted: Wanted, quantisation: Quant
     size = ELEMENT_BYTES[dtype]
     rows = config.max_num_seqs or SIZES["cuda"].max_num_seqs
     tokens = config.max_num_batched_tokens or SIZES["cuda"].max_num_batched_tokens
-    kept = reserve(model, max_num_seqs=rows, max_tokens=tokens, element_bytes=size)
+    kept = reserve(model, max_num_seqs=rows, max_tokens=tokens, element_bytes=size, quantisation=quantisation)
     weights = weight_bytes(model, size, quantisation)
     taken = weights + CONTEXT_BYTES
     sequence = -(-wanted.length // config.block_size) * config.block_size * token_bytes(model, size)
@@ -218,25 +231,27 @@ def _fits(answer: Answer, wanted: Wanted) -> bool:
     return answer.concurrency >= (wanted.concurrency or 1)
 
 
-def _quantisation(found: Outline, asked: str) -> Quantisation | None:
-    """What --quantization and config.json say together; a flag wins."""
-    if asked == "none":
+def _method(flag: str) -> str:
+    """auto, none or one of QUANTISATIONS."""
+    method = ALIASES.get(flag, flag)
+    if method not in ("auto", "none", *QUANTISATIONS):
+        raise StartupError(f"--quantization: {shorten(flag)} is not auto, none, {', '.join(QUANTISATIONS)}")
+    return method
+
+
+def _quantisation(found: Outline, method: str) -> Quantisation | GgufTensors | None:
+    """How the weights are to lie: by method, or with auto as the files say."""
+    if method == "none":
         return None
-    if asked != "auto":
-        return QUANTISATIONS[asked]
-    if found.quantisation is None:
-        return None
-    fields = Fields(found.quantisation, "quantization_config")
-    method = fields.text("quant_method")
-    if method is None or method not in QUANTISATIONS:
-        raise fields.fail("quant_method", f"which is not one of {', '.join(QUANTISATIONS)}; try --quantization")
-    base = QUANTISATIONS[method]
-    if base.group is None:
-        return base
-    bits = fields.integer("bits", 2, 8, fields.integer("w_bit", 2, 8, base.bits))
-    key = "group_size" if "group_size" in fields else "q_group_size"
-    group = fields.integer(key, -1, 1 << 20, base.group)
-    return dataclasses.replace(base, bits=bits, zero_bits=bits, group=group if group > 0 else _WHOLE_ROW)
+    if method != "auto" and (found.quantization is None or method != found.quantization.method):
+        return QUANTISATIONS[method]
+    if found.tensors is not None:
+        return GgufTensors(found.tensors)
+    if found.quantization is not None:
+        return Quantisation.of(found.quantization)
+    if found.refused is not None:
+        raise StartupError(f"{found.refused}; --quantization plans the model as if its weights were so")
+    return None
 
 
 def _bytes(text: str) -> int:
@@ -289,9 +304,8 @@ def _page(found: Outline, answer: Answer, config: Config, wanted: Wanted) -> lis
         at_once = wanted.concurrency or answer.concurrency
         verdict = "" if _fits(answer, wanted) else ": they do not all fit, some wait or are computed again"
         rows.append((f"at {at_once} at once", f"prompts of up to {answer.longest_input} tokens{verdict}"))
-    refused = found.refused or refusal(answer.quantisation)
-    if refused is not None:
-        rows.append(("note", f"vserve serve would refuse it: {refused}"))
+    if found.refused is not None:
+        rows.append(("note", f"vserve serve would refuse it: {found.refused}"))
     return [f"{label:<17} {text}" for label, text in rows]
 
 
@@ -308,8 +322,7 @@ def _table(rows: Sequence[Answer], config: Config, wanted: Wanted) -> list[str]:
             lines.append(f"{size:<5} {kind:<10} {gib(row.weights):>10} {kilobytes:>11} {tokens:>12} {answer:>12}")
     names = ", ".join(f"{size} is {MODEL_SIZES[size][0]}" for size, _ in ROWS)
     lines.append(f"({names})")
-    refused = refusal("awq")
-    return lines if refused is None else [*lines, f"(awq: vserve serve would refuse it: {refused})"]
+    return lines
 
 
 def _whole_gib(size: int) -> str:
@@ -331,7 +344,7 @@ def _as_json(
         made["model"] = {
             **_row(answer),
             "fits": _fits(answer, wanted),
-            "refused": found.refused or refusal(answer.quantisation),
+            "refused": found.refused,
         }
     made["sizes"] = [
         {"size": size, "tokens": tokens, **_row(row)}

@@ -7,6 +7,7 @@ them.  Pure: knows configurations and the limits of steps, no tensor, no file an
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,8 +15,12 @@ from vserve.engine.scheduler import MAX_SCORED_TOKENS
 from vserve.engine.shapes import MAX_GRAPH_TOKENS, MIXED_CHUNKS
 from vserve.errors import StartupError
 from vserve.model.config import ModelConfig
+from vserve.model.families import family_of
+from vserve.model.gguf import TensorInfo
+from vserve.model.kinds import Kind
 from vserve.model.memory import CachePlan, gib, step_bytes
-from vserve.model.tensors import expected_shapes
+from vserve.model.quantization import Method, Quantization
+from vserve.model.tensors import expected_shapes, linear_shapes
 
 ELEMENT_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 LIBRARIES_BYTES: Final = 3 << 28
@@ -37,9 +42,10 @@ SIZES: Final = {"cpu": Sizes(32, 512), "cuda": Sizes(256, 8192)}
 
 @dataclass(frozen=True, slots=True)
 class Quantisation:
-    """How the linear layers' weights are stored: bits each; per group of `group` inputs a scale and a zero point.
+    """How the linear layers' weights lie on a GPU: bits each; per group of `group` inputs a scale and a zero point.
 
-    group None: one float32 scale an output.  row_bytes: for each input of a layer besides (GPTQ's order of groups).
+    group None: one scale an output.  is_float: e4m3 numbers, whose products with many rows take them as they are;
+    integers are written out for those.  row_bytes: for each input of a layer besides (an order of groups).
     """
 
     name: str
@@ -47,14 +53,86 @@ class Quantisation:
     group: int | None = None
     zero_bits: int = 0
     row_bytes: int = 0
+    is_float: bool = False
+
+    @classmethod
+    def of(cls, found: Quantization) -> Quantisation:
+        """That of a checkpoint, as model/gpu_linear.py packs it."""
+        if found.method is Method.FP8:
+            return cls("fp8", 8, is_float=True)
+        zero_bits = 0 if found.symmetric else 16
+        return cls(found.method.value, found.bits, found.group, zero_bits, 8 if found.ordered else 0)
+
+    @property
+    def has_integers(self) -> bool:
+        return not self.is_float
+
+    def fits(self, outputs: int, inputs: int) -> bool:
+        """Whether a layer of this size can be packed; else it is plain."""
+        return inputs % 32 == 0 and not (self.is_float and outputs % 16)
 
     def layer_bytes(self, outputs: int, inputs: int) -> int:
-        """Bytes of one layer's weight; embeddings, norms and the head stay as they are."""
-        weight = outputs * inputs * self.bits // 8
-        if self.group is None:
-            return weight + 4 * outputs
-        groups = -(-inputs // self.group) * outputs
-        return weight + groups * 2 + groups * self.zero_bits // 8 + inputs * self.row_bytes
+        """Bytes of one layer's weight."""
+        groups = -(-inputs // (self.group or inputs)) * outputs
+        scale_bytes = 4 if self.is_float else 2
+        return outputs * inputs * self.bits // 8 + groups * scale_bytes + groups * self.zero_bits // 8 + (
+            inputs * self.row_bytes)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensors:
+    """The tensors of a GGUF file by its own names: a GPU keeps matrices of blocks packed, but for the embedding."""
+
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def name(self) -> str:
+        return "gguf"
+
+    @property
+    def has_integers(self) -> bool:
+        """False for a file of plain numbers alone."""
+        return bool(self.packed())
+
+    def packed(self) -> dict[str, Quantisation]:
+        """How each matrix that stays packed lies on a GPU."""
+        return {
+            name: BLOCKS[info.kind]
+            for name, info in self.tensors.items()
+            if info.kind in BLOCKS and len(info.shape) == 2 and name != EMBEDDING
+        }
+
+    def weight_bytes(self, config: ModelConfig, element_bytes: int) -> int:
+        packed, taken = self.packed(), 0
+        for name, info in self.tensors.items():
+            if name == "rope_freqs.weight" or (name == HEAD and config.tie_embeddings):
+                continue
+            if name in packed:
+                outputs, inputs = info.shape
+                taken += packed[name].layer_bytes(outputs, inputs)
+            else:
+                taken += math.prod(info.shape) * element_bytes
+        return taken + (_counter_bytes(config) if packed else 0)
+
+
+EMBEDDING: Final = "token_embd.weight"
+HEAD: Final = "output.weight"
+"""GGUF names of tables: an embedding is plain on a GPU, a head of its own is packed as it is stored."""
+BLOCKS: Final[Mapping[Kind, Quantisation]] = {
+    Kind.Q4_0: Quantisation("Q4_0", 4, 32),
+    Kind.Q4_1: Quantisation("Q4_1", 4, 32, zero_bits=16),
+    Kind.Q5_0: Quantisation("Q5_0", 8, 32),
+    Kind.Q5_1: Quantisation("Q5_1", 8, 32, zero_bits=16),
+    Kind.Q8_0: Quantisation("Q8_0", 8, 32),
+    Kind.Q4_K: Quantisation("Q4_K", 4, 32, zero_bits=16),
+    Kind.Q5_K: Quantisation("Q5_K", 8, 32, zero_bits=16),
+    Kind.Q6_K: Quantisation("Q6_K", 8, 16),
+}
+"""How GGUF blocks lie on a GPU: their integers in 4 or 8 bits, scales and minima in float16."""
+COUNTERS_BYTES: Final = 4 << 13
+"""Beside every packed matrix, for the programs of one product to join their sums."""
+WRITTEN_ROWS: Final = 128
+"""A product of more rows writes packed integers out as plain numbers (kernels/grouped.py's MATRIX_ROWS)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,27 +177,77 @@ class Plan:
         )
 
 
-def weight_bytes(config: ModelConfig, element_bytes: int, quantisation: Quantisation | None = None) -> int:
-    """Bytes of all weights on a GPU: a tied head is the embedding, and counts once."""
-    taken = 0
-    for name, shape in expected_shapes(config).items():
-        # Matrices of a numbered layer are linear; those outside are tables, the head among them, and never quantised.
-        linear = len(shape) == 2 and any(part.isdigit() for part in name.split("."))
-        if quantisation is not None and linear:
-            taken += quantisation.layer_bytes(*shape)
-        else:
-            taken += math.prod(shape) * element_bytes
-    return taken
+def weight_bytes(
+    config: ModelConfig, element_bytes: int, quantisation: Quantisation | GgufTensors | None = None
+) -> int:
+    """Bytes of all weights on a GPU: a tied head is the embedding, and counts once.
+
+    Embeddings, norms, the head, routers and experts stay plain, but for a GGUF file's head.
+    """
+    if isinstance(quantisation, GgufTensors):
+        return quantisation.weight_bytes(config, element_bytes)
+    taken = sum(math.prod(shape) for shape in expected_shapes(config).values()) * element_bytes
+    if quantisation is None:
+        return taken
+    for outputs, inputs in _quantised_shapes(config):
+        if quantisation.fits(outputs, inputs):
+            taken += quantisation.layer_bytes(outputs, inputs) - outputs * inputs * element_bytes
+    return taken + _counter_bytes(config)
 
 
-def reserve(config: ModelConfig, *, max_num_seqs: int, max_tokens: int, element_bytes: int) -> Reserve:
+def _quantised_shapes(config: ModelConfig) -> Iterator[tuple[int, int]]:
+    """(outputs, inputs) of every matrix of the layers that a quantised checkpoint keeps packed on a GPU."""
+    names = family_of(config.architecture).names
+    expert = "." + names.expert.partition("{")[0]
+    for module, outputs, inputs, _ in linear_shapes(config, names):
+        in_layer = any(part.isdigit() for part in module.split("."))
+        of_experts = config.experts is not None and (expert in module or module.endswith(names.router))
+        if in_layer and not of_experts:
+            yield outputs, inputs
+
+
+def _counter_bytes(config: ModelConfig) -> int:
+    """Four packed matrices a layer: what makes queries, keys and values is one, and so are gate and up."""
+    return config.num_layers * (4 if config.experts is None else 2) * COUNTERS_BYTES
+
+
+def reserve(
+    config: ModelConfig,
+    *,
+    max_num_seqs: int,
+    max_tokens: int,
+    element_bytes: int,
+    quantisation: Quantisation | GgufTensors | None = None,
+) -> Reserve:
     """For steps of at most so many sequences and tokens."""
     draws = max_num_seqs + min(MIXED_CHUNKS, max_num_seqs)
-    return Reserve(
-        # Steps that score prompts run without a graph; a row of theirs is held twice while its best are sought.
-        step=step_bytes(config, tokens=max_tokens, draws=draws + 2 * MAX_SCORED_TOKENS, element_bytes=element_bytes),
-        graph=step_bytes(config, tokens=min(max_tokens, MAX_GRAPH_TOKENS), draws=draws, element_bytes=element_bytes),
+    # Steps that score prompts run without a graph; a row of theirs is held twice while its best are sought.
+    scored = draws + 2 * MAX_SCORED_TOKENS
+    graph_tokens = min(max_tokens, MAX_GRAPH_TOKENS)
+    step, graph = (
+        step_bytes(config, tokens=tokens, draws=rows, element_bytes=element_bytes)
+        + written_numbers(config, quantisation, tokens=tokens, draws=rows) * element_bytes
+        for tokens, rows in ((max_tokens, scored), (graph_tokens, draws))
     )
+    return Reserve(step, graph)
+
+
+def written_numbers(
+    config: ModelConfig, quantisation: Quantisation | GgufTensors | None, *, tokens: int, draws: int
+) -> int:
+    """Numbers of the largest matrix that a step writes out for its products, one matrix at a time; 0 for none."""
+    if quantisation is None or not quantisation.has_integers:
+        return 0
+    width, sizes = config.hidden_size, [0]
+    if tokens > WRITTEN_ROWS:
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        sizes += [(queries + 2 * keys) * width, queries * width]
+        if not all(config.has_experts(layer) for layer in range(config.num_layers)):
+            sizes.append((2 if config.gated else 1) * config.intermediate_size * width)
+    # A head has as many rows as are drawn from.
+    if draws > WRITTEN_ROWS and isinstance(quantisation, GgufTensors) and not config.tie_embeddings:
+        sizes += [math.prod(quantisation.tensors[HEAD].shape)] if HEAD in quantisation.packed() else []
+    return max(sizes)
 
 
 def cache_budget(*, total: int, utilization: float, taken: int, reserve: Reserve) -> int:

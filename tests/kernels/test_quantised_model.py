@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from tests.model import quantised
 from tests.model.driving import Driver, distance, judged, random_model
+from vserve.kernels.grouped import MATRIX_ROWS
 from vserve.model.gpu_decoder import GpuDecoder
 from vserve.model.loader import load_weights
-from vserve.model.source import resolve
+from vserve.model.source import _default_file, resolve
+from vserve.sizing import WRITTEN_ROWS, GgufTensors, Quantisation, weight_bytes
 
 LIMIT = 3e-2 if torch.cuda.is_available() else 1e-4
 """The GPU computes in bfloat16."""
@@ -32,3 +35,62 @@ def test_logits_are_those_of_the_dense_model(name: str, device: torch.device, tm
     assert decoder._fused is not None or name == "gptq act-order"
     # Several rows at once and single ones: both kernels.
     assert distance(Driver(decoder, 24).logits(ids, [6, 1]).cpu(), judged(judge, ids)) < LIMIT
+
+
+SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "tie_word_embeddings": True}
+
+
+def storages(held: object) -> dict[int, int]:
+    """Where the tensors that an object holds lie, and their bytes; what several share counts once."""
+    if isinstance(held, torch.Tensor):
+        return {held.untyped_storage().data_ptr(): held.untyped_storage().nbytes()}
+    if isinstance(held, tuple | list):
+        parts: Iterable[object] = held
+    elif type(held).__module__.startswith("vserve.model"):
+        slots = [name for base in type(held).__mro__ for name in getattr(base, "__slots__", ())]
+        parts = [*vars(held).values()] if hasattr(held, "__dict__") else [getattr(held, name) for name in slots]
+    else:
+        return {}
+    return {place: size for part in parts for place, size in storages(part).items()}
+
+
+def held_bytes(decoder: GpuDecoder) -> int:
+    return sum(storages([decoder._embedding, decoder._blocks, decoder._norm, decoder._head]).values())
+
+
+@pytest.mark.parametrize("name", quantised.CHECKPOINTS)
+def test_packed_weights_take_what_is_planned(name: str, device: torch.device, tmp_path: Path) -> None:
+    random_model(**SHAPE).save_pretrained(tmp_path / "dense")
+    make, settings = quantised.CHECKPOINTS[name]
+    quantised.quantise(tmp_path / "packed", tmp_path / "dense", make, settings)
+    source = resolve(str(tmp_path / "packed"), environ={})
+    assert source.quantization is not None
+    decoder = load_weights(source.open_weights(), source.config, device=device, dtype=torch.bfloat16, for_gpu=True)
+    assert isinstance(decoder, GpuDecoder)
+    planned = weight_bytes(source.config, 2, Quantisation.of(source.quantization))
+    # Layers whose inputs lie in orders of their own are packed one by one: a few counters more.
+    assert held_bytes(decoder) == pytest.approx(planned, rel=0.2 if "act-order" in name else 0.002)
+
+
+def test_online_fp8_takes_what_is_planned(device: torch.device, tmp_path: Path) -> None:
+    random_model(**SHAPE).save_pretrained(tmp_path)
+    source = resolve(str(tmp_path), environ={})
+    decoder = load_weights(
+        source.open_weights(), source.config, device=device, dtype=torch.bfloat16, for_gpu=True, make_fp8=True
+    )
+    assert isinstance(decoder, GpuDecoder)
+    fp8 = Quantisation("fp8", 8, is_float=True)
+    assert held_bytes(decoder) == pytest.approx(weight_bytes(source.config, 2, fp8), rel=0.002)
+
+
+def test_the_blocks_of_the_default_model_take_what_is_planned(device: torch.device) -> None:
+    source = resolve(str(_default_file()), environ={})
+    assert source.gguf is not None
+    decoder = load_weights(source.open_weights(), source.config, device=device, dtype=torch.bfloat16, for_gpu=True)
+    assert isinstance(decoder, GpuDecoder)
+    planned = weight_bytes(source.config, 2, GgufTensors(source.gguf.tensors))
+    assert held_bytes(decoder) == pytest.approx(planned, rel=0.002)
+
+
+def test_plans_know_from_how_many_rows_weights_are_written_out() -> None:
+    assert WRITTEN_ROWS == MATRIX_ROWS

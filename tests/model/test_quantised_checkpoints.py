@@ -97,6 +97,31 @@ def test_random_weights_can_be_quantised(quantization: Quantization) -> None:
     assert Driver(decoder, 24).logits(list(range(9)), [9]).isfinite().all()
 
 
+@pytest.mark.parametrize("number", [0.0, 1e-4, torch.nan])
+@pytest.mark.parametrize("layers", ["qkv", "q"])
+def test_biases_that_autogptq_writes_are_read_past_where_they_are_zero(
+    layers: str, number: float, tmp_path: Path
+) -> None:
+    dense, folder = tmp_path / "dense", tmp_path / "gptq"
+    random_model(hidden_size=64, intermediate_size=128, num_hidden_layers=1).save_pretrained(dense)
+    make, settings = CHECKPOINTS["gptq"]
+    quantised.quantise(folder, dense, make, settings)
+    tensors = load_file(folder / "model.safetensors")
+    for layer in layers:
+        name = f"model.layers.0.self_attn.{layer}_proj.bias"
+        tensors[name] = torch.zeros(tensors[name.replace("bias", "scales")].shape[1], dtype=torch.float16)
+    tensors["model.layers.0.self_attn.q_proj.bias"][-1] = number
+    save_file(tensors, folder / "model.safetensors")
+    source = resolve(str(folder), environ={})
+    if number != 0.0:
+        with pytest.raises(StartupError, match=r"q_proj\.bias' is not one of a 1-layer LlamaForCausalLM"):
+            load(source, device=CPU, dtype=torch.float32)
+        return
+    judge = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    decoder = load(source, device=CPU, dtype=torch.float32)
+    assert distance(Driver(decoder, 24).logits(list(range(9)), [6, 1]), judged(judge, list(range(9)))) < 1e-4
+
+
 SETTINGS: dict[str, tuple[dict[str, object], str]] = {
     "no method": ({"bits": 4}, "quant_method is missing"),
     "another method": ({"quant_method": "bitsandbytes"}, "supported are awq, gptq, fp8"),
@@ -184,7 +209,8 @@ def test_settings_may_lie_beside_config_json(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(json.dumps(settings))
     found = resolve(str(tmp_path), environ={}).quantization
     method = Method.GPTQ if name == "quantize_config.json" else Method.AWQ
-    assert found == Quantization(method, 4, 64, zero_shift=1 if method is Method.GPTQ else 0)
+    of_gptq = method is Method.GPTQ
+    assert found == Quantization(method, 4, 64, zero_shift=1 if of_gptq else 0, symmetric=of_gptq)
 
 
 FOUND = Quantization(Method.AWQ, 4, 128)

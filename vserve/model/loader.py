@@ -43,7 +43,7 @@ from vserve.model.linear import GroupedLinear, Linear, PlainLinear, dense_linear
 from vserve.model.quantised_linear import Place, online_fp8, quantised_dummy, quantised_linear
 from vserve.model.quantization import Quantization
 from vserve.model.source import ModelSource
-from vserve.model.tensors import check, expected_shapes, linear_numbers
+from vserve.model.tensors import check, expected, expected_shapes, linear_numbers
 from vserve.model.upload import MOST_THREADS, Uploader
 from vserve.model.weights import StoredTensor, Weights
 
@@ -279,6 +279,7 @@ class _StoredParts:
         self._uploader = uploader
         self._config = config
         self._names = names
+        self._biases = frozenset(name for name, _ in expected(config, names) if name.endswith(".bias"))
         self.device = device
         self._dtype = dtype
         self._grouped = not for_gpu and has_grouped(device, dtype)
@@ -306,10 +307,8 @@ class _StoredParts:
 
     def linear(self, *modules: str, order: Tensor | None = None) -> Linear:
         stored = [self._take(f"{module}.weight") for module in modules]
-        # All have a bias or none has: check() has seen to it.
-        biases = [
-            self._vector(f"{module}.bias", self._dtype) for module in modules if f"{module}.bias" in self._weights
-        ]
+        # All have a bias or none has.  The file may hold more, of zeros: check() has seen to it.
+        biases = [self._vector(f"{module}.bias", self._dtype) for module in modules if f"{module}.bias" in self._biases]
         bias = torch.cat(biases) if biases else None
         if order is not None:
             assert len(stored) == 1, "rows that change places are those of one fused projection"

@@ -12,22 +12,23 @@ from pathlib import Path
 from typing import Final
 
 from vserve.errors import StartupError, shorten
-from vserve.model import gguf, hub
+from vserve.model import gguf, hub, quantization
 from vserve.model.config import ModelConfig
-from vserve.model.fields import Fields
 from vserve.model.json_file import read_object
+from vserve.model.quantization import Quantization
 
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """name: for people.  config: without quantisation.  quantisation: config.json's quantization_config, if any.
+    """name: for people.  quantization: of a folder's checkpoint, None where it is plain.  tensors: of a GGUF file.
 
-    refused: why ``vserve serve`` would not load it as it is; None where it would.
+    refused: why ``vserve serve`` would not load weights quantised so; None where it would.
     """
 
     name: str
     config: ModelConfig
-    quantisation: Mapping[str, object] | None = None
+    quantization: Quantization | None = None
+    tensors: Mapping[str, gguf.TensorInfo] | None = None
     refused: str | None = None
 
 
@@ -41,29 +42,10 @@ SIZES: Final[Mapping[str, tuple[str, tuple[int, ...]]]] = {
 }
 """Size -> whose dimensions; layers, width, heads, key-value heads, width of the MLP, vocabulary, longest sequence."""
 
-_SECTIONS: Final[Mapping[str, Mapping[str, object]]] = {
-    "awq": {"bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
-    "gptq": {"bits": 4, "group_size": 128, "sym": True, "desc_act": False},
-    "fp8": {"activation_scheme": "dynamic"},
-}
-"""The usual rest of a quantization_config."""
-
 
 def of_size(size: str) -> Outline:
     """The outline of one of SIZES."""
     return Outline(f"{size} (dimensions of {SIZES[size][0]})", ModelConfig.from_json(_values(size)))
-
-
-def refusal(quant_method: str | None) -> str | None:
-    """Why ``vserve serve`` would not load weights quantised so; None where it would."""
-    if quant_method is None:
-        return None
-    section = {"quant_method": quant_method, **_SECTIONS.get(quant_method, {})}
-    try:
-        ModelConfig.from_json({**_values("8B"), "quantization_config": section})
-    except StartupError:
-        return f"it loads no {quant_method} weights yet"
-    return None
 
 
 def _values(size: str) -> dict[str, object]:
@@ -109,16 +91,11 @@ def _from_folder(folder: Path, name: str) -> Outline:
     if not path.is_file():
         raise StartupError(f"{shorten(str(folder))}: no config.json")
     values, where = read_object(path), shorten(str(path))
-    quantisation = Fields(values, where).mapping("quantization_config")
-    if quantisation is None:
-        return Outline(name, ModelConfig.from_json(values, where))
-    plain = {key: value for key, value in values.items() if key != "quantization_config"}
-    config = ModelConfig.from_json(plain, where)
+    config = ModelConfig.from_json(values, where)
     try:
-        ModelConfig.from_json(values, where)
+        return Outline(name, config, quantization.read(folder, values))
     except StartupError as error:
-        return Outline(name, config, quantisation, str(error))
-    return Outline(name, config, quantisation)
+        return Outline(name, config, refused=str(error))
 
 
 def _from_gguf(path: Path) -> Outline:
@@ -126,4 +103,5 @@ def _from_gguf(path: Path) -> Outline:
         raise StartupError(f"{shorten(str(path))}: pass a Hugging Face folder or a .gguf file")
     metadata, tensors = gguf.read_header(path)
     shapes = {name: info.shape for name, info in tensors.items()}
-    return Outline(path.name, ModelConfig.from_gguf(metadata, shapes, where=shorten(str(path))))
+    config = ModelConfig.from_gguf(metadata, shapes, where=shorten(str(path)))
+    return Outline(path.name, config, tensors=tensors)

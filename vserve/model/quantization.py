@@ -21,7 +21,7 @@ GROUP_SIZES: Final = (32, 64, 128, 256, 512, 1024)
 BESIDE: Final = ("quantize_config.json", "quant_config.json")
 """Where older tools put the settings of GPTQ and of AWQ."""
 
-_ALIASES: Final = {"awq_marlin": "awq", "gptq_marlin": "gptq"}
+ALIASES: Final = {"awq_marlin": "awq", "gptq_marlin": "gptq"}
 """Names of another server's kernels for the same files."""
 
 
@@ -35,14 +35,17 @@ class Method(StrEnum):
 class Quantization:
     """bits: 4 or 8.  group: inputs that share a scale, None for all of an output.
 
-    zero_shift: what is added to a packed zero point (GPTQ before version 2 stores it less 1).  online: the checkpoint
-    is plain, and its linear layers become fp8 as they are loaded.
+    zero_shift: what is added to a packed zero point (GPTQ before version 2 stores it less 1).  symmetric: all zero
+    points are the middle.  ordered: groups take the inputs in an order of their own.  online: the checkpoint is plain,
+    and its linear layers become fp8 as they are loaded.
     """
 
     method: Method
     bits: int = 8
     group: int | None = None
     zero_shift: int = 0
+    symmetric: bool = False
+    ordered: bool = False
     online: bool = False
 
 
@@ -65,7 +68,7 @@ def choose(flag: str, found: Quantization | None, where: str, *, gguf: bool = Fa
 
     flag: auto, none, or a method by any of its names.  where: names the model in errors.
     """
-    wanted = _ALIASES.get(flag, flag)
+    wanted = ALIASES.get(flag, flag)
     if wanted == "auto" or (found is not None and wanted == found.method):
         return found
     if wanted == "compressed-tensors":
@@ -114,8 +117,7 @@ def _gptq(fields: Fields) -> Quantization:
     bits = fields.integer("bits", 1, 32)
     if bits not in (4, 8):
         raise fields.fail("bits", "only 4 and 8 are supported")
-    fields.flag("sym", True)
-    fields.flag("desc_act", False)
+    symmetric, ordered = fields.flag("sym", True), fields.flag("desc_act", False)
     if fields.flag("is_marlin_format", False):
         raise fields.fail("is_marlin_format", "only the plain layout is supported")
     layout = fields.text("checkpoint_format", "gptq")
@@ -123,7 +125,8 @@ def _gptq(fields: Fields) -> Quantization:
         raise fields.fail("checkpoint_format", "only gptq and gptq_v2 are supported")
     if fields.mapping("dynamic"):
         raise fields.fail("dynamic", "layers that are quantised each in another way are not supported")
-    return Quantization(Method.GPTQ, bits, _group(fields, "group_size"), zero_shift=1 if layout == "gptq" else 0)
+    shift = 1 if layout == "gptq" else 0
+    return Quantization(Method.GPTQ, bits, _group(fields, "group_size"), shift, symmetric, ordered)
 
 
 def _fp8(fields: Fields) -> Quantization:

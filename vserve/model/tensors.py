@@ -1,16 +1,17 @@
 """Which tensors a model of some configuration has, under which names and in which shapes; and whether a file has them.
 
-Knows no file format, reads no tensor and needs no torch.
+Knows no file format, reads no tensor but a bias that should not be there, and needs no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from vserve.errors import StartupError, shorten
 from vserve.model.config import ModelConfig, NormKind
 from vserve.model.families import Names, family_of
+from vserve.model.kinds import Kind
 
 if TYPE_CHECKING:
     from vserve.model.weights import Weights
@@ -104,7 +105,10 @@ def linear_numbers(config: ModelConfig) -> int:
 
 
 def check(weights: Weights, config: ModelConfig) -> Names:
-    """The names that weights uses; StartupError unless it holds exactly the tensors of config, each in its shape."""
+    """The names that weights uses; StartupError unless it holds exactly the tensors of config, each in its shape.
+
+    Read past: a head that is the embedding again, and a quantised layer's bias of zeros.
+    """
     names = names_of(weights, config)
     model = f"a {config.num_layers}-layer {config.architecture}"
     positions = f"{names.base}{names.positions}.weight"
@@ -123,8 +127,19 @@ def check(weights: Weights, config: ModelConfig) -> Names:
     for name in weights.names():
         # A tied head may be stored too: it is the embedding again, and transformers reads past it as well.
         if name not in known and name != f"{names.head}.weight" and not name.endswith(names.harmless):
+            if _is_empty_bias(weights, name, known):
+                continue
             raise StartupError(f"tensor {shorten(name)} is not one of {model}: the file holds another model")
     return names
+
+
+def _is_empty_bias(weights: Weights, name: str, known: Collection[str]) -> bool:
+    """Whether it is a bias of nothing but zeros of a layer of integers: AutoGPTQ writes one for every layer."""
+    weight = name.removesuffix(".bias") + ".weight"
+    if not name.endswith(".bias") or weight not in known:
+        return False
+    layer, bias = weights.get(weight), weights.get(name)
+    return layer.kind is Kind.GROUPED and bias.shape == layer.shape[:1] and not bias.dense().count_nonzero()
 
 
 def _text(shape: Sequence[int]) -> str:
