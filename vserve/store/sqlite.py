@@ -40,7 +40,8 @@ class SqliteStore:
     """A Store in a file."""
 
     def __init__(self, path: str, bounds: Bounds | None = None, clock: Callable[[], float] = time.time) -> None:
-        """Open or make the file.  What was running when it was last used has failed.
+        """Open or make the file.  What was running when it was last used has failed, and is kept beyond the bounds
+        until the next write, so that it can be told.
 
         clock: seconds since the epoch.  Raises StartupError, one line, for a file that cannot be used.
         """
