@@ -53,7 +53,7 @@ def compile_launch(self: JITFunction, *args: object, grid: object, warmup: bool,
 
 JITFunction.run = compile_launch
 
-from vserve.kernels import attention_decode, attention_prefill, fp8, gemv, grouped, moe, norm, rope, sampling  # noqa: E402
+from vserve.kernels import attention_decode, attention_prefill, fp8, gemv, grouped, moe, norm, rope, route, sampling  # noqa: E402
 from vserve.kernels.activation import activate, gated, silu_mul  # noqa: E402
 from vserve.kernels.packed import Form, Packed  # noqa: E402
 
@@ -109,9 +109,11 @@ def main() -> None:
     for activation in ("relu", "gelu", "gelu_tanh"):
         activate(some(rows, 2048), activation)
         gated(some(rows, 2048), activation)
-    for m in (1, 40):
-        chosen = torch.zeros(m, 8, dtype=int64)
-        moe.experts(some(m, 2048), chosen, some(m, 8, dtype=single), some(16, 1536, 2048), some(16, 2048, 768))
+    for m in (1, 2, 40):
+        routes = route.route(some(m, 16), 8, normalised=True, early=m == 1)
+        stacks = some(16, 1536, 2048), some(16, 2048, 768)
+        moe.few(some(m, 2048), some(2048), 1e-5, routes, *stacks, early=m == 1)
+        moe.many(some(m, 2048), routes, *stacks, some(m, 2048))
     for bits, group, form in ((4, 128, Form.ZERO), (4, 32, Form.MINIMUM), (8, 16, Form.CENTRE), (8, 2048, Form.FLOAT)):
         for dtype in (torch.bfloat16, torch.float16, single):
             weight = grouped_weight(4096, 2048, bits, group, form)

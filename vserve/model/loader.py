@@ -24,7 +24,7 @@ from vserve.kernels import reference
 from vserve.model import quant
 from vserve.model.config import ModelConfig, NormKind
 from vserve.model.decoder import Decoder
-from vserve.model.experts import Experts, GroupedExperts, Routing, StackedExperts
+from vserve.model.experts import Experts, GroupedExperts, Routing
 from vserve.model.families import Names, family_of
 from vserve.model.grouped_weights import GroupedTensor
 from vserve.model.layers import (
@@ -241,21 +241,22 @@ def _block(parts: _Parts, config: ModelConfig, names: Names, order: Tensor | Non
 def _experts(parts: _Parts, config: ModelConfig, names: Names, prefix: str) -> Experts:
     wanted = config.experts
     assert wanted is not None
-    routing = Routing(parts.linear(prefix + names.router), wanted.active, wanted.normalised)
+    router = parts.linear(prefix + names.router)
     inside = [prefix + names.expert.format(number) for number in range(wanted.count)]
     if not parts.for_gpu:
+        routing = Routing(router, wanted.active, wanted.normalised)
         gate_up = [parts.linear(*(expert + name for name in names.expert_gate_up)) for expert in inside]
         return GroupedExperts(
             routing, gate_up, [parts.linear(expert + names.expert_down) for expert in inside], reference.silu_mul
         )
-    from vserve.kernels import moe
+    from vserve.model.gpu_experts import GpuExperts  # its kernels need Triton, which torch for CPUs comes without
 
     up = parts.empty(wanted.count, 2 * wanted.intermediate_size, config.hidden_size)
     down = parts.empty(wanted.count, config.hidden_size, wanted.intermediate_size)
     for number, expert in enumerate(inside):
         parts.stacked(*(expert + name for name in names.expert_gate_up), into=up[number])
         parts.stacked(expert + names.expert_down, into=down[number])
-    return StackedExperts(routing, up, down, moe.experts)
+    return GpuExperts(router, wanted.active, wanted.normalised, up, down)
 
 
 class _StoredParts:

@@ -1,0 +1,44 @@
+"""The experts of a mixture on a GPU: the weights of all in two tensors, and one kernel for each of their products.
+
+Knows no files.  One thread, one stream at a time.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vserve.kernels import early, moe
+from vserve.kernels.route import Routes, route
+from vserve.model.linear import Linear
+
+
+class GpuExperts:
+    """A mixture whose tokens take the `active` experts of the largest scores; normalised: as config.Experts has it."""
+
+    def __init__(self, router: Linear, active: int, normalised: bool, gate_up: Tensor, down: Tensor) -> None:
+        """router: D -> E; gate_up [E, 2F, D], gate first; down [E, D, F]."""
+        self.router = router
+        self._active = active
+        self._normalised = normalised
+        self._gate_up = gate_up
+        self._down = down
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, D] -> [T, D]."""
+        return moe.many(x, self._routes(self.router(x)), self._gate_up, self._down)
+
+    def takes_few(self, tokens: int) -> bool:
+        """Whether so many tokens are those of add_few: there a norm is free."""
+        return 0 < tokens <= moe.FEW_TOKENS
+
+    def add_few(self, residual: Tensor, norm: Tensor, eps: float, scores: Tensor) -> Tensor:
+        """residual [T, D] + the mixture of rms_norm(residual, norm, eps), whose scores [T, E] are given."""
+        routes = self._routes(scores)
+        return moe.few(residual, norm, eps, routes, self._gate_up, self._down, early=early.one_row(residual))
+
+    def add_many(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual [T, D] + the mixture of x [T, D]."""
+        return moe.many(x, self._routes(self.router(x)), self._gate_up, self._down, residual)
+
+    def _routes(self, scores: Tensor) -> Routes:
+        return route(scores, self._active, normalised=self._normalised, early=early.one_row(scores))
