@@ -357,22 +357,26 @@ def _check(x: Tensor, gate_up: Tensor, down: Tensor) -> tuple[int, int]:
 
 
 def rows_shapes(width: int, inner: int, slots: int, element_size: int) -> tuple[Rows, Rows]:
-    """How ``few`` cuts the two products, for D, F and k (padded)."""
+    """How ``few`` cuts the two products, for D, F and k (padded); measured on an H100 with D 2048, F 768 and k 8."""
     if element_size > 2:
         return Rows(16, 128, 4), Rows(16, 16, 4)
     block = max(16, min(2048 // slots, triton.next_power_of_2(inner)))
-    return Rows(1, min(2048, triton.next_power_of_2(width)), 4), Rows(1, block, 4)
+    return Rows(1, min(2048, triton.next_power_of_2(width)), 4), Rows(2, block, 8)
 
 
 def measured(pairs: int, count: int, element_size: int, *, gated: bool) -> Tile:
-    """The tile for so many pairs of a token and one of `count` experts."""
+    """The tile for so many pairs of a token and one of `count` experts.
+
+    Measured on an H100 with D 2048, F 768, 128 experts of which a token takes 8, and 8 to 8192 tokens in bf16: the
+    fastest of six to eight candidates for each number of pairs an expert.
+    """
     if element_size > 2:
         return Tile(16, 32, 32, 4, 2)
     each = pairs / count
     if each <= 8:
-        return Tile(16, 32, 128, 4, 4) if gated else Tile(16, 64, 128, 4, 4)
+        return Tile(16, 32, 128, 4, 4) if gated else Tile(16, 128, 128, 4, 3)
     if each <= 24:
-        return Tile(32, 64, 64, 4, 4)
+        return Tile(32, 32, 128, 4, 4) if gated else Tile(32, 128, 64, 4, 4)
     if each <= 96:
-        return Tile(64, 64, 64, 4, 4) if gated else Tile(64, 128, 64, 4, 4)
+        return Tile(64, 32, 128, 4, 3) if gated else Tile(64, 128, 64, 8, 4)
     return Tile(128, 64, 64, 8, 3) if gated else Tile(128, 128, 64, 8, 3)
