@@ -4,9 +4,8 @@
 
 One JSON line a shape.  graph_ms: the device's time of one replay, the median of many.  step_ms: wall time of a step of
 the engine turned without pause (scheduler, packing, launch, wait, commit; two in flight), step_ms_max the longest of
-them, host_ms what of it G spends on other than waiting.  floor_ms, of plain weights: the bytes that a step must read
-(the weights, of a mixture those of the experts that random tokens take, keys and values) at 3.0 TB/s, or its products
-at 779 TFLOP/s, whichever takes longer.
+them, host_ms what of it G spends on other than waiting.  floor_ms, of a decode step with plain weights: the bytes it
+must read (weights, of a mixture those of the experts that random tokens take, keys and values) at 3.0 TB/s.
 """
 
 from __future__ import annotations
@@ -48,27 +47,23 @@ QUANTIZED = {
 BLOCK_SIZE = 16
 STEPS = 60
 BYTES_PER_MS = 3.0e9
-FLOPS_PER_MS = 779e9
 
 
-def floor_ms(config: ModelConfig, tokens: int, logits: int, cached: int) -> float:
-    """Of a step of so many tokens, `logits` of which reach the head, that reads the keys and values of `cached`."""
+def floor_ms(config: ModelConfig, batch: int, context: int) -> float:
+    """Of a decode step of so many sequences of context tokens.
+
+    Experts are counted as if each token took any with the same chance; tokens of random weights share some.
+    """
     names = families.family_of(config.architecture).names
-    numbers = products = 0.0
+    numbers = 0.0
     for name, shape in expected_shapes(config).items():
-        size = math.prod(shape)
-        share = used = 1.0
+        used = 1.0
         if config.experts is not None and f".{names.expert.partition('{')[0]}" in name:
-            share = config.experts.active / config.experts.count
-            used = 1 - (1 - share) ** tokens
-        is_table = name == f"{names.base}{names.embedding}.weight"
-        if is_table and not config.tie_embeddings:
+            used = 1 - (1 - config.experts.active / config.experts.count) ** batch
+        if name == f"{names.base}{names.embedding}.weight" and not config.tie_embeddings:
             continue  # a row a token
-        numbers += size * used
-        rows = logits if is_table or name == f"{names.head}.weight" else tokens
-        products += 2 * size * share * rows if len(shape) > 1 else 0
-    num_bytes = 2 * numbers + token_bytes(config, 2) * cached
-    return max(num_bytes / BYTES_PER_MS, products / FLOPS_PER_MS)
+        numbers += math.prod(shape) * used
+    return (2 * numbers + token_bytes(config, 2) * batch * context) / BYTES_PER_MS
 
 
 class Turned:
@@ -195,7 +190,7 @@ def main() -> None:
         took = time.perf_counter() - began
         numbers = decode(Turned(runner, limits), batch, given.context, found.config.vocab_size)
         if given.quantization == "none":
-            floor = floor_ms(found.config, batch, batch, batch * given.context)
+            floor = floor_ms(found.config, batch, given.context)
             numbers |= {"floor_ms": round(floor, 3), "floor_percent": round(100 * floor / numbers["graph_ms"])}
         line = {**setting, "shape": f"decode {batch}", **numbers, "capture_s": round(took, 2)}
         record.emit("step", line, record=given.record)
@@ -207,9 +202,6 @@ def main() -> None:
         took = time.perf_counter() - began
         numbers = prefill(Turned(runner, limits), count, found.config.vocab_size)
         numbers["graph_ms"] = round(min(runner.replay_seconds(shape) for _ in range(5)) * 1e3, 3)
-        if given.quantization == "none":
-            floor = floor_ms(found.config, count, 1, 0)
-            numbers |= {"floor_ms": round(floor, 3), "floor_percent": round(100 * floor / numbers["graph_ms"])}
         line = {**setting, "shape": f"prefill {count}", **numbers, "capture_s": round(took, 2)}
         record.emit("step", line, record=given.record)
     print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB", file=sys.stderr)
