@@ -138,6 +138,9 @@ _TO_FP16 = tl.constexpr(_TO_PAIRS.replace("MAGIC", "0x64006400"))
 MATRIX_ROWS = 128
 """Rows of x from which it is cheaper to write the weights out and leave the product to cuBLAS."""
 
+_SINGLE = {"rows": 32, "width": 64, "warps": 4, "stages": 2}
+"""Of a shape with fp32 x: what was measured for halves would not fit a multiprocessor's memory."""
+
 
 @triton.jit
 def _parts(w, x_low, x_high, BITS: tl.constexpr):
@@ -790,7 +793,10 @@ def _rows(x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | Non
     y = torch.empty((rows, weight.outputs), dtype=x.dtype, device=x.device)
     assert residual is None or (residual.is_contiguous() and residual.shape == y.shape)
     block = padded(rows)
-    shape = measured(_kind(weight), block, weight.outputs, weight.inputs) if shape is None else shape
+    if shape is None:
+        shape = measured(_kind(weight), block, weight.outputs, weight.inputs)
+        if x.element_size() > 2:
+            shape = shape._replace(**_SINGLE)
     grid = (triton.cdiv(weight.outputs, shape.rows), triton.cdiv(rows, block), shape.splits)
     assert grid[0] * grid[1] <= weight.counters.numel() or shape.splits == 1
     partial = y

@@ -15,10 +15,25 @@ KERNELS = (
 )
 
 
+LIMIT = 232448
+"""Bytes of shared memory that a program may ask for on an H100: 227 KiB."""
+
+
 def test_every_kernel_compiles_for_hopper() -> None:
-    script = HERE / "compile_for_hopper.py"
+    assert set(printed("compile_for_hopper.py")) == set(KERNELS.split())
+
+
+def test_every_tile_fits_a_multiprocessors_memory() -> None:
+    *tiles, too_large = (line.split(maxsplit=2) for line in printed("tiles_for_hopper.py"))
+    assert {kernel for _, kernel, _ in tiles} == {"_matrix", "_shared_matrix", "_decode", "_prefill", "_experts"}
+    assert not [tile for tile in tiles if int(tile[0]) > LIMIT]
+    assert int(too_large[0]) > LIMIT
+
+
+def printed(script: str) -> list[str]:
+    """The lines of a script of this folder."""
     done = subprocess.run(
-        [sys.executable, str(script)],
+        [sys.executable, str(HERE / script)],
         cwd=HERE.parent.parent,
         env=environment(),
         capture_output=True,
@@ -26,9 +41,10 @@ def test_every_kernel_compiles_for_hopper() -> None:
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert set(done.stdout.split()) == set(KERNELS.split())
+    return done.stdout.splitlines()
 
 
 def environment() -> dict[str, str]:
     path = [str(HERE.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    others = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return {**others, "PYTHONPATH": os.pathsep.join(path)}
