@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import signal
 import sys
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from tests.certificates import certificate
 from vserve.api.access import Keys
@@ -131,6 +134,23 @@ def test_keys_and_certificate_are_reloaded_each_on_its_own(tmp_path: Path, caplo
     edge.reload()
     assert [line.split(":")[0] for line in lines(caplog)] == ["reloaded 1 API keys", "the certificate stays as it was"]
     assert edge.ssl_context is context
+
+
+def test_a_hangup_with_nothing_to_read_again_is_one_line_and_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    edge = made()
+
+    async def hang_up() -> None:
+        handled, loop = asyncio.Event(), asyncio.get_running_loop()
+        edge.watch(loop)
+        signal.raise_signal(signal.SIGHUP)
+        loop.add_signal_handler(signal.SIGUSR2, handled.set)  # handled behind the first: signals are told in order
+        signal.raise_signal(signal.SIGUSR2)
+        await asyncio.wait_for(handled.wait(), 10)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(hang_up())
+    assert lines(caplog) == ["SIGHUP: there is neither an --api-key-file nor an --ssl-certfile to read again"]
 
 
 ISSUER = ("--oauth2-issuer", "https://sso.example", "--oauth2-audience", "vserve")

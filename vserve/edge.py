@@ -51,14 +51,10 @@ class Edge:
         return self._tls.context if self._tls is not None else None
 
     def watch(self, loop: AbstractEventLoop) -> None:
-        """Begin to fetch the issuer's keys, and reload on SIGHUP.
-
-        With nothing to reload the signal keeps its meaning, the end of the terminal.
-        """
+        """Begin to fetch the issuer's keys, and reload on SIGHUP; with nothing to reload it ends nothing either."""
         if self._issuer is not None:
             self._issuer.start()
-        if self._key_file is not None or self._tls is not None:
-            loop.add_signal_handler(signal.SIGHUP, self.reload)
+        loop.add_signal_handler(signal.SIGHUP, self.reload)
 
     def stop(self) -> None:
         """The server ends."""
@@ -67,6 +63,8 @@ class Edge:
 
     def reload(self) -> None:
         """Read keys and certificates again; of each, what cannot be used leaves the old in place and one line."""
+        if self._key_file is None and self._tls is None:
+            log.info("SIGHUP: there is neither an --api-key-file nor an --ssl-certfile to read again")
         if self._key_file is not None:
             try:
                 keys = read_keys(self._key_file)
