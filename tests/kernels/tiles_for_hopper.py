@@ -11,7 +11,7 @@ import torch
 from hopper import catch, shared_bytes, some
 from triton.compiler import ASTSource
 
-KERNELS = {"_matrix", "_shared_matrix", "_decode", "_prefill", "_experts"}
+KERNELS = {"_matrix", "shared_matrix", "_decode", "_prefill", "_tiles"}
 seen: set[str] = set()
 what_runs = ""
 
@@ -30,6 +30,7 @@ catch(measure)
 from vserve.kernels import attention_decode, attention_prefill, gemv, grouped, moe  # noqa: E402
 from vserve.kernels.grouped_shapes import MEASURED  # noqa: E402
 from vserve.kernels.packed import Form, Packed  # noqa: E402
+from vserve.kernels.route import Routes  # noqa: E402
 
 grouped._asm = lambda x: x.dtype != torch.float32  # what is measured lies on a CPU here
 
@@ -82,11 +83,11 @@ def attention(dtype: torch.dtype) -> None:
 
 
 def mixture(dtype: torch.dtype) -> None:
-    for rows in (1, 40, 4096):
+    for rows in (1, 40, 300, 1000, 4096):
         note(dtype, rows, "tokens through a mixture")
-        chosen, scores = torch.zeros(rows, 8, dtype=torch.int64), some(rows, 8, dtype=torch.float32)
-        gate_up, down = some(16, 1536, 2048, dtype=dtype), some(16, 2048, 768, dtype=dtype)
-        moe.experts(some(rows, 2048, dtype=dtype), chosen, scores, gate_up, down)
+        routes = Routes(some(rows, 8, dtype=torch.int32), some(rows, 8, dtype=torch.float32))
+        gate_up, down = some(128, 1536, 2048, dtype=dtype), some(128, 2048, 768, dtype=dtype)
+        moe.many(some(rows, 2048, dtype=dtype), routes, gate_up, down)
 
 
 def main() -> None:
