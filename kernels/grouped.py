@@ -116,9 +116,9 @@ def _rows(x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | Non
     assert x.stride(1) == 1
     y = torch.empty((rows, weight.outputs), dtype=x.dtype, device=x.device)
     assert residual is None or (residual.is_contiguous() and residual.shape == y.shape)
-    block = padded(rows)
-    shape = measured(_kind(weight), block, weight.outputs, weight.inputs) if shape is None else shape
-    grid = (triton.cdiv(weight.outputs, shape.rows), triton.cdiv(rows, block), shape.splits)
+    shape = measured(_kind(weight), padded(rows), weight.outputs, weight.inputs) if shape is None else shape
+    across = shape.across or min(padded(rows), 128)
+    grid = (triton.cdiv(weight.outputs, shape.rows), triton.cdiv(rows, across), shape.splits)
     assert grid[0] * grid[1] <= weight.counters.numel() or shape.splits == 1
     partial = y
     if shape.splits > 1:
@@ -126,7 +126,7 @@ def _rows(x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | Non
     grouped_matrix.shared_matrix[grid](
         x, _bytes(weight), weight.numbers, x if bias is None else bias, x if residual is None else residual, y, partial,
         weight.counters, rows, weight.outputs, x.stride(0), weight.inputs, weight.group, weight.bits, int(weight.form),
-        weight.centre, bias is not None, residual is not None, block, shape.rows, shape.width, shape.stages,
+        weight.centre, bias is not None, residual is not None, across, shape.rows, shape.width, shape.stages,
         shape.splits, _asm(x), num_warps=shape.warps,
     )  # fmt: skip
     return y
@@ -142,8 +142,8 @@ def _asm(x: Tensor) -> bool:
 
 
 def padded(rows: int) -> int:
-    """Rows of x that a program takes."""
-    return 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
+    """Rows of x rounded up to a number that shapes are measured for; the last stands for more."""
+    return next((count for count in (16, 32, 64, 128, 256) if rows <= count), 512)
 
 
 def _kind(weight: Packed) -> str:
