@@ -16,13 +16,17 @@ PROGRAMS = 264
 
 
 class Shape(NamedTuple):
-    """What a program takes at a time: rows x width of the weights; warps, pipeline stages, and programs along K."""
+    """What a program takes at a time: rows x width of the weights; warps, pipeline stages, and programs along K.
+
+    across: rows of x, 0 for as many as there are of up to 128.
+    """
 
     rows: int
     width: int
     warps: int
     stages: int = 1
     splits: int = 1
+    across: int = 0
 
 
 MEASURED: dict[tuple[str, int, int, int], Shape] = {

@@ -32,10 +32,11 @@ grouped._asm = lambda x: x.dtype != torch.float32  # what is compiled lies on a 
 
 
 def grouped_weight(outputs: int, inputs: int, bits: int, group: int, form: Form) -> Packed:
-    numbers = some(inputs // group, outputs, dtype=torch.float16)
+    sides = (2,) if form.has_offset else ()
+    numbers = some(inputs // group, outputs, *sides, dtype=torch.float32 if form is Form.FLOAT else torch.float16)
     data = some(outputs, inputs * bits // 8, dtype=torch.uint8)
     counters = some(8192, dtype=torch.int32)
-    return Packed(data, numbers, numbers if form <= Form.MINIMUM else None, bits, group, form, 8, counters)
+    return Packed(data, numbers, bits, group, form, 8, counters)
 
 
 def main() -> None:
