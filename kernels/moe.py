@@ -1,4 +1,4 @@
-"""The experts of a mixture: gated MLPs of which each token takes a few, their weights read once for a tile of tokens.
+"""The products of a mixture's experts, gated MLPs of which each token takes a few; weights are read once a tile.
 
     h[p] = silu(gate_e x[t]) * up_e x[t],   y[t] = sum over the pairs p of t of w[p] * down_e h[p]  (+ residual[t])
     where pair p = t k + j is one token t and its expert e = chosen[t, j]; x may be normed first as gemv.py does
@@ -8,10 +8,10 @@ accumulate in float32, and so does the sum over a token's experts, always in the
 depends on shapes alone: it fits a captured graph.
 
 A few tokens (``few``): a program takes rows of one expert's weights for one pair, products in plain registers, the norm
-for free; the second kernel sums over the experts of its token.  More tokens (``many``): pairs are sorted by expert
-(route.py); a tile is some pairs of one expert, so its weights are read once a tile, and those of experts without a pair
-not at all; the weights are the first operand of the matrix units, which keeps Hopper's wide instruction busy however
-few the pairs.  P // tile + min(E, P) bounds the number of tiles for any choice.
+for free; the second kernel sums over the experts of its token.  More tokens (``products``, of which experts.py makes
+the whole): pairs are sorted by expert; a tile is some pairs of one expert, so its weights are read once a tile, and
+those of experts without a pair not at all; the weights are the first operand of the matrix units, which keeps Hopper's
+wide instruction busy however few the pairs.  P // tile + min(E, P) bounds the number of tiles for any choice.
 Shazeer et al. 2017, arXiv:1701.06538; Gale et al. 2023, "MegaBlocks", arXiv:2211.15841.
 """
 
@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vserve.kernels.early import await_inputs, await_then_release, options
-from vserve.kernels.route import Groups, Routes, group
+from vserve.kernels.route import Groups, Routes
 
 FEW_TOKENS = 2
 """Tokens up to which each pair reads its expert's weights for itself."""
@@ -166,9 +166,11 @@ def _weights(row_ptr, k, K: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _find(starts_ptr, tile, count, pairs, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
-    # the expert of a tile, the first of its places and the end of its expert's; the place is the end where there is no
-    # such tile
+def find_tile(starts_ptr, tile, count, pairs, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
+    """The expert of a tile, the first of its places and the end of its expert's; the same where there is no such tile.
+
+    starts [E + 1] int32, count E <= BLOCK_E, pairs P.
+    """
     e = tl.arange(0, BLOCK_E)
     begin = tl.load(starts_ptr + e, mask=e < count, other=pairs)
     end = tl.load(starts_ptr + e + 1, mask=e < count, other=pairs)
@@ -201,7 +203,7 @@ def _tiles(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    expert, first, stop = _find(starts_ptr, tl.program_id(1), count, pairs, BLOCK_M, BLOCK_E)
+    expert, first, stop = find_tile(starts_ptr, tl.program_id(1), count, pairs, BLOCK_M, BLOCK_E)
     if first >= stop:
         return
     EVEN: tl.constexpr = K % BLOCK_K == 0
@@ -228,6 +230,15 @@ def _tiles(
             x = tl.load(x_row + k[:, None], mask=inside[None, :] & (k < K)[:, None], other=0.0)
             w = tl.load(w_row + k[None, :], mask=(k < K)[None, :], other=0.0)
         acc = tl.dot(w, x, acc, input_precision="ieee")
+    store_tile(acc, y_ptr, place, pair, inside, num_out, GATED, BLOCK_M, ROWS)
+
+
+@triton.jit
+def store_tile(
+    acc, y_ptr, place, pair, inside, num_out, GATED: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr
+):
+    """acc [ROWS, BLOCK_M] to the rows `pair` of y [P, num_out]; GATED: silu(gate) * up of [2 ROWS, BLOCK_M], gate and
+    up of an output side by side, to the rows `place`."""
     to = pair
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(acc, [ROWS, 2, BLOCK_M]), (0, 2, 1)))
@@ -236,30 +247,6 @@ def _tiles(
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = inside[None, :] & (n < num_out)[:, None]
     tl.store(y_ptr + to.to(tl.int64)[None, :] * num_out + n[:, None], acc.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _join(
-    parts_ptr,  # [T * ACTIVE, N] fp32
-    scores_ptr,  # [T * ACTIVE] fp32
-    residual_ptr,  # [T, N], rows residual_stride apart
-    y_ptr,  # [T, N]
-    num_out,  # N
-    residual_stride,
-    ACTIVE: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    valid = n < num_out
-    y = tl.zeros([BLOCK], tl.float32)
-    for j in tl.static_range(ACTIVE):
-        pair = token * ACTIVE + j
-        y += tl.load(scores_ptr + pair) * tl.load(parts_ptr + pair * num_out + n, mask=valid, other=0.0)
-    if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + token * residual_stride + n, mask=valid, other=0.0).to(tl.float32)
-    tl.store(y_ptr + token * num_out + n, y.to(y_ptr.dtype.element_ty), mask=valid)
 
 
 def few(
@@ -278,7 +265,11 @@ def few(
     shapes, of the two products, override the measured choice.
     """
     tokens, width = x.shape
-    _count, inner = _check(x, gate_up, down)
+    count, _, inner = down.shape
+    assert x.stride(1) == 1
+    assert gate_up.is_contiguous()
+    assert down.is_contiguous()
+    assert gate_up.shape == (count, 2 * inner, width)
     active = routes.chosen.shape[1]
     hidden = torch.empty((tokens * active, inner), dtype=x.dtype, device=x.device)
     y = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
@@ -295,65 +286,26 @@ def few(
     return y
 
 
-def many(
-    x: Tensor, routes: Routes, gate_up: Tensor, down: Tensor, residual: Tensor | None = None, tile: Tile | None = None
-) -> Tensor:
-    """What the experts make of x [T, D], added to residual [T, D] where there is one -> a new [T, D].  T may be 0.
-
-    tile overrides the measured choice.
-    """
-    tokens, width = x.shape
-    count, inner = _check(x, gate_up, down)
-    y = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
-    if not tokens:
-        return y
-    active = routes.chosen.shape[1]
-    pairs = tokens * active
-    groups = group(routes.chosen, count)
-    hidden = torch.empty((pairs, inner), dtype=x.dtype, device=x.device)
-    # float32: what a token's experts add is rounded once
-    parts = torch.empty((pairs, width), dtype=torch.float32, device=x.device)
-    for gated, source, weight, result in ((True, x, gate_up, hidden), (False, hidden, down, parts)):
-        shape = tile or measured(pairs, count, x.element_size(), gated=gated)
-        _products(source, weight, groups, result, active, count, shape, gated=gated)
-    join(parts, routes, residual, y)
-    return y
-
-
-def join(parts: Tensor, routes: Routes, residual: Tensor | None, y: Tensor) -> None:
-    """Write to y [T, D] the sums over each token's experts of weight times parts [T * k, D] fp32 (+ residual)."""
-    tokens, width = y.shape
-    block = min(1024, triton.next_power_of_2(width))
-    _join[(tokens, triton.cdiv(width, block))](
-        parts, routes.weights, parts if residual is None else residual, y, width,
-        0 if residual is None else residual.stride(0), routes.chosen.shape[1], residual is not None, block,
-        num_warps=4,
-    )  # fmt: skip
-
-
 def tiles_bound(pairs: int, count: int, block: int) -> int:
     """The most tiles of `block` pairs that any choice of experts makes of so many pairs."""
     return pairs // block + min(count, pairs)
 
 
-def _products(
-    x: Tensor, weight: Tensor, groups: Groups, y: Tensor, active: int, count: int, shape: Tile, *, gated: bool
-) -> None:
+def products(x: Tensor, weight: Tensor, groups: Groups, y: Tensor, active: int, *, gated: bool, tile: Tile) -> None:
+    """One of the two products of groups' pairs, to y [P, N].
+
+    gated: of tokens x [T, K] and weight [E, 2N, K], y by place in the order; else of x [P, K], by place, and weight
+    [E, N, K], y by pair.
+    """
     pairs, outputs = y.shape
-    _tiles[(triton.cdiv(outputs, shape.outputs), tiles_bound(pairs, count, shape.pairs))](
-        x, weight, groups.order, groups.starts, y, count, pairs, outputs, x.stride(0), weight.shape[2], active, gated,
-        triton.next_power_of_2(count), shape.pairs, shape.outputs, shape.inputs, shape.stages, num_warps=shape.warps,
-    )  # fmt: skip
-
-
-def _check(x: Tensor, gate_up: Tensor, down: Tensor) -> tuple[int, int]:
-    """E and F."""
-    count, width, inner = down.shape
+    count, _, width = weight.shape
     assert x.stride(1) == 1
-    assert gate_up.is_contiguous()
-    assert down.is_contiguous()
-    assert gate_up.shape == (count, 2 * inner, width)
-    return count, inner
+    assert x.shape[1] == width
+    assert weight.is_contiguous()
+    _tiles[(triton.cdiv(outputs, tile.outputs), tiles_bound(pairs, count, tile.pairs))](
+        x, weight, groups.order, groups.starts, y, count, pairs, outputs, x.stride(0), width, active, gated,
+        triton.next_power_of_2(count), tile.pairs, tile.outputs, tile.inputs, tile.stages, num_warps=tile.warps,
+    )  # fmt: skip
 
 
 def rows_shapes(width: int, inner: int, slots: int, element_size: int) -> tuple[Rows, Rows]:

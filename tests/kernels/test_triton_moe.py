@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vserve.kernels import moe, reference_gpu
+from vserve.kernels import experts, moe, reference_gpu
 from vserve.kernels.moe import Rows
+from vserve.kernels.moe_packed import Stack, new_stack
+from vserve.kernels.packed import Form, Packed, dense, pack
 from vserve.kernels.route import Routes
 
 Check = Callable[[Tensor, Tensor], None]
@@ -46,7 +48,7 @@ class Case:
         self.gate_up, self.down = self.gate_up.to(device), self.down.to(device)
 
     def many(self, *, added: bool) -> Tensor:
-        return moe.many(self.x, self.routes, self.gate_up, self.down, self.residual if added else None)
+        return experts.many(self.x, self.routes, self.gate_up, self.down, self.residual if added else None)
 
     def few(self) -> Tensor:
         # Interpreted, a program costs milliseconds: fewer of them there.
@@ -109,10 +111,70 @@ def test_a_token_among_others_is_the_same_as_among_fewer(device: torch.device, r
     case = Case((20, 6, 2, 32, 16), torch.float32, device, random)
     whole = case.many(added=True)
     part = Routes(case.routes.chosen[9:], case.routes.weights[9:])
-    assert torch.equal(moe.many(case.x[9:], part, case.gate_up, case.down, case.residual[9:]), whole[9:])
+    assert torch.equal(experts.many(case.x[9:], part, case.gate_up, case.down, case.residual[9:]), whole[9:])
 
 
 def test_no_token_is_no_work(device: torch.device) -> None:
     routes = Routes(torch.empty(0, 2, dtype=torch.int32, device=device), torch.empty(0, 2, device=device))
     gate_up, down = torch.zeros(4, 32, 32, device=device), torch.zeros(4, 32, 16, device=device)
-    assert moe.many(torch.empty(0, 32, device=device), routes, gate_up, down).shape == (0, 32)
+    assert experts.many(torch.empty(0, 32, device=device), routes, gate_up, down).shape == (0, 32)
+
+
+FORMS = [(4, 32, Form.ZERO), (4, 64, Form.MINIMUM), (4, 32, Form.CENTRE), (8, 16, Form.ZERO), (8, 0, Form.FLOAT)]
+
+
+def packed_stack(count: int, outputs: int, inputs: int, kind: tuple[int, int, Form], random: torch.Generator) -> Stack:
+    """Random weights of so many experts."""
+    bits, group, form = kind
+    groups = inputs // (group or inputs)
+    stack: Stack | None = None
+    for expert in range(count):
+        scale = torch.rand(outputs, groups, generator=random) * 0.02 + 0.01
+        offset = torch.randint(0, 2**bits, (outputs, groups), generator=random).to(torch.float16)
+        q = torch.randint(0, 2**bits, (outputs, inputs), generator=random).to(torch.uint8)
+        if form is Form.FLOAT:
+            q = torch.randn(outputs, inputs, generator=random).to(torch.float8_e4m3fn).view(torch.uint8)
+        if form is Form.MINIMUM:
+            offset *= -0.01
+        given = offset if form.has_offset else None
+        scale = scale if form is Form.FLOAT else scale.to(torch.float16)
+        weight = pack(q, scale, given, bits=bits, form=form, centre=2 ** (bits - 1) if form is Form.CENTRE else 0)
+        stack = stack or new_stack(count, weight)
+        assert stack.takes(weight)
+        stack.put(expert, weight)
+    assert stack is not None
+    return stack
+
+
+def written(stack: Stack) -> Tensor:
+    """The weights of a stack, float64 [E, N, K]."""
+    parts = zip(stack.data, stack.numbers, strict=True)
+    about = (stack.bits, stack.group, stack.form, stack.centre)
+    return torch.stack([dense(Packed(*part, *about, torch.empty(0)), torch.float64) for part in parts])
+
+
+@pytest.mark.parametrize("kind", FORMS, ids=lambda kind: f"{kind[2].name} {kind[0]}")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_experts_are_the_float64_ones(
+    kind: tuple[int, int, Form], dtype: torch.dtype, device: torch.device, random: torch.Generator, close: Check
+) -> None:
+    tokens, count, active, width, inner = (70, 12, 3, 256, 192) if GPU else (9, 5, 2, 64, 64)
+    gate_up, down = (packed_stack(count, *size, kind, random) for size in ((2 * inner, width), (width, inner)))
+    chosen = torch.stack([torch.randperm(count - 1, generator=random)[:active] for _ in range(tokens)])
+    x, weights = torch.randn(tokens, width, generator=random).to(dtype), torch.rand(tokens, active, generator=random)
+    residual = torch.randn(tokens, width, generator=random).to(dtype)
+    wanted = residual.double() + reference_gpu.experts(
+        x.double(), chosen, weights.double(), written(gate_up), written(down)
+    )
+    gate_up.numbers[count - 1] = down.numbers[count - 1] = torch.nan  # whom nobody chose
+    stacks = [stack._replace(data=stack.data.to(device), numbers=stack.numbers.to(device)) for stack in (gate_up, down)]
+    routes = Routes(chosen.to(device, torch.int32), weights.to(device))
+    close(experts.many(x.to(device), routes, *stacks, residual.to(device)), wanted)
+
+
+@pytest.mark.parametrize("kind", FORMS[:1] + FORMS[-1:], ids=lambda kind: kind[2].name)
+def test_a_stack_of_several_experts_rows_splits_into_theirs(
+    kind: tuple[int, int, Form], random: torch.Generator
+) -> None:
+    stack = packed_stack(2, 48, 64, kind, random)
+    assert torch.equal(written(stack.split(3)), written(stack).view(6, 16, 64))
