@@ -182,27 +182,31 @@ def weight_bytes(
 ) -> int:
     """Bytes of all weights on a GPU: a tied head is the embedding, and counts once.
 
-    Embeddings, norms, the head, routers and experts stay plain, but for a GGUF file's head.
+    Embeddings, norms, the head and routers stay plain, but for a GGUF file's head; so do experts whose inputs lie in
+    orders of their own.
     """
     if isinstance(quantisation, GgufTensors):
         return quantisation.weight_bytes(config, element_bytes)
     taken = sum(math.prod(shape) for shape in expected_shapes(config).values()) * element_bytes
     if quantisation is None:
         return taken
-    for outputs, inputs in _quantised_shapes(config):
+    for outputs, inputs in _quantised_shapes(config, experts=not quantisation.row_bytes):
         if quantisation.fits(outputs, inputs):
             taken += quantisation.layer_bytes(outputs, inputs) - outputs * inputs * element_bytes
     return taken + _counter_bytes(config)
 
 
-def _quantised_shapes(config: ModelConfig) -> Iterator[tuple[int, int]]:
-    """(outputs, inputs) of every matrix of the layers that a quantised checkpoint keeps packed on a GPU."""
+def _quantised_shapes(config: ModelConfig, *, experts: bool) -> Iterator[tuple[int, int]]:
+    """(outputs, inputs) of every matrix of the layers that a quantised checkpoint keeps packed on a GPU.
+
+    experts: whether those of experts are among them.
+    """
     names = family_of(config.architecture).names
     expert = "." + names.expert.partition("{")[0]
     for module, outputs, inputs, _ in linear_shapes(config, names):
         in_layer = any(part.isdigit() for part in module.split("."))
-        of_experts = config.experts is not None and (expert in module or module.endswith(names.router))
-        if in_layer and not of_experts:
+        is_plain = config.experts is not None and (module.endswith(names.router) or (expert in module and not experts))
+        if in_layer and not is_plain:
             yield outputs, inputs
 
 
