@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vserve.kernels import moe, moe_packed
+from vserve.kernels.early import await_inputs, options
 from vserve.kernels.moe_packed import Stack
 from vserve.kernels.route import Groups, Routes, group
 
@@ -30,7 +31,9 @@ def _join(
     ACTIVE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_inputs(EARLY)
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     valid = n < num_out
@@ -44,7 +47,13 @@ def _join(
 
 
 def many(
-    x: Tensor, routes: Routes, gate_up: Tensor | Stack, down: Tensor | Stack, residual: Tensor | None = None
+    x: Tensor,
+    routes: Routes,
+    gate_up: Tensor | Stack,
+    down: Tensor | Stack,
+    residual: Tensor | None = None,
+    *,
+    early: bool = False,
 ) -> Tensor:
     """What the experts make of x [T, D], added to residual [T, D] where there is one -> a new [T, D].  T may be 0.
 
@@ -58,24 +67,27 @@ def many(
     if not tokens:
         return y
     active = routes.chosen.shape[1]
-    groups = group(routes.chosen, count)
+    groups = group(routes.chosen, count, early=early)
     hidden = torch.empty((tokens * active, inner), dtype=x.dtype, device=x.device)
     parts = torch.empty((tokens * active, width), dtype=torch.float32, device=x.device)
-    _products(x, gate_up, groups, hidden, active, gated=True)
-    _products(hidden, down, groups, parts, active, gated=False)
+    _products(x, gate_up, groups, hidden, active, gated=True, early=early)
+    _products(hidden, down, groups, parts, active, gated=False, early=early)
     block = min(1024, triton.next_power_of_2(width))
     _join[(tokens, triton.cdiv(width, block))](
         parts, routes.weights, parts if residual is None else residual, y, width,
-        0 if residual is None else residual.stride(0), active, residual is not None, block, num_warps=4,
+        0 if residual is None else residual.stride(0), active, residual is not None, block, early,
+        **options(4, early),
     )  # fmt: skip
     return y
 
 
-def _products(x: Tensor, weight: Tensor | Stack, groups: Groups, y: Tensor, active: int, *, gated: bool) -> None:
+def _products(
+    x: Tensor, weight: Tensor | Stack, groups: Groups, y: Tensor, active: int, *, gated: bool, early: bool
+) -> None:
     pairs, count, size = y.shape[0], weight.shape[0], x.element_size()
     if isinstance(weight, Stack):
         tile = moe_packed.measured(pairs, count, weight.bits, size, gated=gated)
-        moe_packed.products(x, weight, groups, y, active, gated=gated, tile=tile)
+        moe_packed.products(x, weight, groups, y, active, gated=gated, tile=tile, early=early)
     else:
         tile = moe.measured(pairs, count, size, gated=gated)
-        moe.products(x, weight, groups, y, active, gated=gated, tile=tile)
+        moe.products(x, weight, groups, y, active, gated=gated, tile=tile, early=early)

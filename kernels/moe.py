@@ -202,7 +202,9 @@ def _tiles(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_inputs(EARLY)
     expert, first, stop = find_tile(starts_ptr, tl.program_id(1), count, pairs, BLOCK_M, BLOCK_E)
     if first >= stop:
         return
@@ -291,7 +293,9 @@ def tiles_bound(pairs: int, count: int, block: int) -> int:
     return pairs // block + min(count, pairs)
 
 
-def products(x: Tensor, weight: Tensor, groups: Groups, y: Tensor, active: int, *, gated: bool, tile: Tile) -> None:
+def products(
+    x: Tensor, weight: Tensor, groups: Groups, y: Tensor, active: int, *, gated: bool, tile: Tile, early: bool = False
+) -> None:
     """One of the two products of groups' pairs, to y [P, N].
 
     gated: of tokens x [T, K] and weight [E, 2N, K], y by place in the order; else of x [P, K], by place, and weight
@@ -304,7 +308,8 @@ def products(x: Tensor, weight: Tensor, groups: Groups, y: Tensor, active: int, 
     assert weight.is_contiguous()
     _tiles[(triton.cdiv(outputs, tile.outputs), tiles_bound(pairs, count, tile.pairs))](
         x, weight, groups.order, groups.starts, y, count, pairs, outputs, x.stride(0), width, active, gated,
-        triton.next_power_of_2(count), tile.pairs, tile.outputs, tile.inputs, tile.stages, num_warps=tile.warps,
+        triton.next_power_of_2(count), tile.pairs, tile.outputs, tile.inputs, tile.stages, early,
+        **options(tile.warps, early),
     )  # fmt: skip
 
 

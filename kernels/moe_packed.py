@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vserve.kernels import grouped
+from vserve.kernels.early import await_inputs, options
 from vserve.kernels.grouped_matrix import load_numbers
 from vserve.kernels.grouped_row import FLOAT
 from vserve.kernels.moe import Tile, find_tile, store_tile, tiles_bound
@@ -91,7 +92,9 @@ def _packed_tiles(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     ASM: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_inputs(EARLY)
     expert, first, stop = find_tile(starts_ptr, tl.program_id(1), count, pairs, BLOCK_M, BLOCK_E)
     if first >= stop:
         return
@@ -128,7 +131,9 @@ def _packed_tiles(
     store_tile(acc, y_ptr, place, pair, inside, num_out, GATED, BLOCK_M, ROWS)
 
 
-def products(x: Tensor, weight: Stack, groups: Groups, y: Tensor, active: int, *, gated: bool, tile: Tile) -> None:
+def products(
+    x: Tensor, weight: Stack, groups: Groups, y: Tensor, active: int, *, gated: bool, tile: Tile, early: bool = False
+) -> None:
     """As moe.products, with packed weights."""
     pairs, outputs = y.shape
     count, _, width = weight.shape
@@ -139,7 +144,7 @@ def products(x: Tensor, weight: Stack, groups: Groups, y: Tensor, active: int, *
         x, data, weight.numbers, groups.order, groups.starts, y, count, pairs, outputs, x.stride(0), width,
         weight.group, weight.bits, int(weight.form), weight.centre, 2 if weight.form.has_offset else 1, active, gated,
         triton.next_power_of_2(count), tile.pairs, tile.outputs, tile.inputs, tile.stages, grouped._asm(x),
-        num_warps=tile.warps,
+        early, **options(tile.warps, early),
     )  # fmt: skip
 
 

@@ -86,7 +86,9 @@ def _group(
     starts_ptr,  # [E + 1] int32
     pairs,  # P
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_inputs(EARLY)
     expert = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     before = tl.zeros([BLOCK], tl.int32)
@@ -121,11 +123,11 @@ def route(scores: Tensor, active: int, *, normalised: bool, early: bool = False)
     return Routes(chosen, weights)
 
 
-def group(chosen: Tensor, count: int) -> Groups:
+def group(chosen: Tensor, count: int, *, early: bool = False) -> Groups:
     """The pairs of chosen [T, k] int32, contiguous, by expert of `count`.  T > 0."""
     pairs = chosen.numel()
     order = torch.empty(pairs, dtype=torch.int32, device=chosen.device)
     starts = torch.empty(count + 1, dtype=torch.int32, device=chosen.device)
     block = min(4096, max(128, triton.next_power_of_2(pairs)))
-    _group[(count,)](chosen, order, starts, pairs, block, num_warps=4)
+    _group[(count,)](chosen, order, starts, pairs, block, early, **options(4, early))
     return Groups(order, starts)

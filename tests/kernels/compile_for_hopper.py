@@ -98,7 +98,7 @@ def main() -> None:
         routes = route.route(some(m, 16), 8, normalised=True, early=m == 1)
         stacks = some(16, 1536, 2048), some(16, 2048, 768)
         moe.few(some(m, 2048), some(2048), 1e-5, routes, *stacks, early=m == 1)
-        experts.many(some(m, 2048), routes, *stacks, some(m, 2048))
+        experts.many(some(m, 2048), routes, *stacks, some(m, 2048), early=m == 1)
     for bits, group, form in ((4, 128, Form.ZERO), (4, 32, Form.MINIMUM), (8, 16, Form.CENTRE), (8, 2048, Form.FLOAT)):
         for dtype in (torch.bfloat16, torch.float16, single):
             weight = grouped_weight(4096, 2048, bits, group, form)
@@ -110,6 +110,7 @@ def main() -> None:
         routes = route.route(some(24, 16), 8, normalised=False)
         stacks = [new_stack(16, grouped_weight(*size, bits, min(group, size[1]), form)) for size in SIZES]
         experts.many(some(24, 2048), routes, *stacks)
+        experts.many(some(1, 2048), routes, *stacks, early=True)
     fp8.quantise_rows(some(4, 2048), norm=some(2048))
 
 

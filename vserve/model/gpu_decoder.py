@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vserve.kernels import cuda, dispatch
+from vserve.kernels import cuda, dispatch, moe
 from vserve.kernels.cuda import StepPlan
 from vserve.model.config import Activation, ModelConfig
 from vserve.model.decoder import Decoder
@@ -148,10 +148,13 @@ def add_linear(x: Tensor, linear: PlainLinear | GpuLinear, residual: Tensor) -> 
 def add_experts(residual: Tensor, norm: Tensor, eps: float, experts: GpuExperts) -> Tensor:
     """residual [M, D] + the mixture of rms_norm(residual, norm, eps); residual is undefined afterwards."""
     router = experts.router
-    if experts.takes_few(residual.shape[0]):
+    if 0 < residual.shape[0] <= moe.FEW_TOKENS:
         assert isinstance(router, _FUSED)
-        return experts.add_few(residual, norm, eps, norm_linear(residual, norm, eps, router))
-    return experts.add_many(cuda.rms_norm(residual, norm, eps), residual)
+        scores = norm_linear(residual, norm, eps, router)
+        added = experts.add_to(residual, norm, eps, scores)
+        return experts.add(cuda.rms_norm(residual, norm, eps), scores, residual) if added is None else added
+    x = cuda.rms_norm(residual, norm, eps)
+    return experts.add(x, router(x), residual)
 
 
 def _add_mlp(residual: Tensor, norm: Tensor, eps: float, mlp: _Dense | GpuExperts) -> Tensor:

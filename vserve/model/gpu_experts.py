@@ -31,25 +31,22 @@ class GpuExperts:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, D] -> [T, D]."""
-        return self._many(x, None)
+        return experts.many(x, self._routes(self.router(x)), self._gate_up, self._down)
 
-    def takes_few(self, tokens: int) -> bool:
-        """Whether so many tokens are those of add_few: there a norm is free."""
-        return 0 < tokens <= moe.FEW_TOKENS and isinstance(self._gate_up, Tensor) and isinstance(self._down, Tensor)
+    def add_to(self, residual: Tensor, norm: Tensor, eps: float, scores: Tensor) -> Tensor | None:
+        """residual [T, D] + the mixture of rms_norm(residual, norm, eps), for a few tokens that take plain weights.
 
-    def add_few(self, residual: Tensor, norm: Tensor, eps: float, scores: Tensor) -> Tensor:
-        """residual [T, D] + the mixture of rms_norm(residual, norm, eps), whose scores [T, E] are given."""
-        assert isinstance(self._gate_up, Tensor)
-        assert isinstance(self._down, Tensor)
+        scores [T, E]: the router's.  None for other weights.
+        """
+        if not isinstance(self._gate_up, Tensor) or not isinstance(self._down, Tensor):
+            return None
         routes = self._routes(scores)
         return moe.few(residual, norm, eps, routes, self._gate_up, self._down, early=early.one_row(residual))
 
-    def add_many(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual [T, D] + the mixture of x [T, D]."""
-        return self._many(x, residual)
-
-    def _many(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        return experts.many(x, self._routes(self.router(x)), self._gate_up, self._down, residual)
+    def add(self, x: Tensor, scores: Tensor, residual: Tensor) -> Tensor:
+        """residual [T, D] + the mixture of x [T, D], whose scores [T, E] are given."""
+        routes = self._routes(scores)
+        return experts.many(x, routes, self._gate_up, self._down, residual, early=early.one_row(x))
 
     def _routes(self, scores: Tensor) -> Routes:
         return route(scores, self._active, normalised=self._normalised, early=early.one_row(scores))
