@@ -82,17 +82,17 @@ def jobs(rows: tuple[int, ...]) -> Iterator[Job]:
             if 1 in rows:
                 yield from (Job(kind, 1, layer, Shape(*vector)) for vector in vectors)
         for count in rows:
-            for across in () if count == 1 else (count,) if count <= 128 else (128, 256):
-                for tile in _TILES[across]:
+            for across in () if count == 1 else (0,) if count <= 128 else (0, 256):
+                for tile in _TILES[across or min(count, 128)]:
                     yield from _splits(Job("int4", count, layer, Shape(*tile, 1, across)), outputs, inputs)
         if 16 in rows:
             for tile in _FP8_TILES:
-                yield from _splits(Job("float8", 16, layer, Shape(*tile, 1, 16)), outputs, inputs)
+                yield from _splits(Job("float8", 16, layer, Shape(*tile)), outputs, inputs)
 
 
 def _splits(job: Job, outputs: int, inputs: int) -> Iterator[Job]:
     shape = job.shape
-    tiles = -(-outputs // shape.rows) * -(-job.rows // shape.across)
+    tiles = -(-outputs // shape.rows) * -(-job.rows // (shape.across or 128))
     for splits in (1, 2, 4, 8):
         programs = tiles * splits
         # Fewer leave processors idle, more only add sums to write.
@@ -154,7 +154,7 @@ def tune(rows: tuple[int, ...]) -> None:
                     print(f"{layer} {kind} {key[1]}: {best}", file=sys.stderr, flush=True)
     table = {**MEASURED, **{key: min(times)[1] for key, times in found.items()}}
     for key, shape in sorted(table.items()):
-        numbers = shape[:3] if key[1] == 1 else shape
+        numbers = shape[:3] if key[1] == 1 else shape if shape.across else shape[:5]
         print(f"    {key!r}: Shape({', '.join(map(str, numbers))}),".replace("'", '"'))
 
 
@@ -189,7 +189,9 @@ def ways(x: Tensor, outputs: int, inputs: int) -> dict[str, list[Call]]:
         "float8_both_us": [partial(multiplied, each) for each in eights],
         "bf16_us": [partial(functional.linear, x, each) for each in plain],
     }
-    if x.shape[0] > 64:
+    if x.shape[0] > grouped.most_rows(fours[0]):
+        del made["int4_us"]
+    if x.shape[0] > grouped.most_rows(eights[0]):
         del made["float8_us"]
     return made
 

@@ -21,46 +21,69 @@ import triton.language as tl
 
 from vserve.kernels.grouped_row import FLOAT, MINIMUM, ZERO, load_group
 
-_TO_PAIRS = """
+_TO_NUMBERS = """
     {
-    .reg .b32 t, u, v;
-    shr.u32 t, $4, 4;
-    shr.u32 u, $4, 8;
-    shr.u32 v, $4, 12;
-    lop3.b32 $0, $4, 0x000F000F, MAGIC, 0xEA;
-    lop3.b32 $1, t, 0x000F000F, MAGIC, 0xEA;
-    lop3.b32 $2, u, 0x000F000F, MAGIC, 0xEA;
-    lop3.b32 $3, v, 0x000F000F, MAGIC, 0xEA;
+    .reg .b32 t, u, v, w;
+    shr.u32 u, $8, 4;
+    shr.u32 v, $8, 8;
+    shr.u32 w, $8, 12;
+    lop3.b32 t, $8, 0x000F000F, MAGIC, 0xEA;
+    lop3.b32 u, u, 0x000F000F, MAGIC, 0xEA;
+    lop3.b32 v, v, 0x000F000F, MAGIC, 0xEA;
+    lop3.b32 w, w, 0x000F000F, MAGIC, 0xEA;
+    mov.b32 {$0, $1}, t;
+    mov.b32 {$2, $3}, u;
+    mov.b32 {$4, $5}, v;
+    mov.b32 {$6, $7}, w;
     }
     """
-_TO_BF16 = tl.constexpr(_TO_PAIRS.replace("MAGIC", "0x43004300"))
-_TO_FP16 = tl.constexpr(_TO_PAIRS.replace("MAGIC", "0x64006400"))
-"""A word of eight integers -> 128 + q (bf16) or 1024 + q (fp16): the pairs of four bits and the four 16 bits above."""
+_TO_BF16 = tl.constexpr(_TO_NUMBERS.replace("MAGIC", "0x43004300"))
+_TO_FP16 = tl.constexpr(_TO_NUMBERS.replace("MAGIC", "0x64006400"))
+"""A word of eight integers -> 128 + q (bf16) or 1024 + q (fp16) of each, in the order of K."""
+
+
+_E4M3_TO_BF16 = tl.constexpr("""
+    {
+    .reg .b32 t, u, a, b;
+    prmt.b32 t, $2, 0, 0x1404;
+    prmt.b32 u, $2, 0, 0x3424;
+    shr.u32 a, t, 4;
+    shr.u32 b, u, 4;
+    and.b32 a, a, 0x07F007F0;
+    and.b32 b, b, 0x07F007F0;
+    lop3.b32 t, t, 0x80008000, a, 0xEA;
+    lop3.b32 u, u, 0x80008000, b, 0xEA;
+    mov.b32 a, 0x7B807B80;
+    mul.rn.bf16x2 $0, t, a;
+    mul.rn.bf16x2 $1, u, a;
+    }
+    """)
+"""Four e4m3 numbers -> bf16: exponent and mantissa in their places are 2^120 too small.  Exact, but a NaN is 480."""
 
 
 @triton.jit
 def _integers(w, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr):
-    # w [ROWS, BLOCK_K / 2] bytes of 4-bit integers -> [ROWS, BLOCK_K] in the order of K: with ASM 128 + q or 1024 + q
-    # in DTYPE, else q in fp32.  A word holds k + 2 t of 32, and of its eight neighbours those 1, 8 and 16 further.
+    # w int32 [ROWS, BLOCK_K / 8], eight integers each -> [ROWS, BLOCK_K] in the order of K: in fp32, or with ASM the
+    # bits of DTYPE, 128 or 1024 too large.
     if ASM:
-        if tl.bfloat16 == DTYPE:
-            low, high = tl.inline_asm_elementwise(
-                _TO_BF16, "=r,=r,=r,=r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-            )
-        else:
-            low, high = tl.inline_asm_elementwise(
-                _TO_FP16, "=r,=r,=r,=r,r", [w], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
-            )
-        # Places of a byte: chunk of 32, t, 8 further, 1 further; low and high: 16 further.
-        q = tl.reshape(tl.join(low, high), [ROWS, BLOCK_K // 32, 4, 2, 2, 2])
-        q = tl.permute(q, [0, 1, 5, 3, 2, 4])
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            _TO_BF16 if tl.bfloat16 == DTYPE else _TO_FP16, "=h,=h,=h,=h,=h,=h,=h,=h,r", [w],
+            (tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16), True, 1,
+        )  # fmt: skip
     else:
-        low = (w & 0x0F).to(tl.float32)
-        high = (w >> 4).to(tl.float32)
-        # Places of a byte: chunk of 32, t, 1 further, 16 further; low and high: 8 further.
-        q = tl.reshape(tl.join(low, high), [ROWS, BLOCK_K // 32, 4, 2, 2, 2])
-        q = tl.permute(q, [0, 1, 4, 5, 2, 3])
-    return tl.reshape(q, [ROWS, BLOCK_K])
+        a = (w & 15).to(tl.float32)
+        b = (w >> 16 & 15).to(tl.float32)
+        c = (w >> 4 & 15).to(tl.float32)
+        d = (w >> 20 & 15).to(tl.float32)
+        e = (w >> 8 & 15).to(tl.float32)
+        f = (w >> 24 & 15).to(tl.float32)
+        g = (w >> 12 & 15).to(tl.float32)
+        h = (w >> 28 & 15).to(tl.float32)
+    # A word's first integer is k + 2 t of a chunk of 32; the others are 1, 8 and 16 further.
+    near = tl.join(tl.join(a, b), tl.join(c, d))
+    far = tl.join(tl.join(e, f), tl.join(g, h))
+    q = tl.reshape(tl.join(near, far), [ROWS, BLOCK_K // 32, 4, 2, 2, 2])
+    return tl.reshape(tl.permute(q, [0, 1, 5, 4, 2, 3]), [ROWS, BLOCK_K])
 
 
 @triton.jit
@@ -78,17 +101,21 @@ def load_numbers(
     DTYPE: tl.constexpr,
 ):  # fmt: skip
     # the weights of rows row [ROWS] and BLOCK_K inputs from start, [ROWS, BLOCK_K] of DTYPE; of FLOAT without the scale
-    B: tl.constexpr = BLOCK_K * BITS // 8
+    PER: tl.constexpr = 8 if BITS == 4 else 1  # weights of an element of data
     S: tl.constexpr = BLOCK_K // GROUP if BLOCK_K > GROUP else 1
     EVEN: tl.constexpr = K % BLOCK_K == 0
-    j = tl.arange(0, B)
-    at = data_ptr + row.to(tl.int64)[:, None] * (K * BITS // 8) + (start * BITS // 8 + j)[None, :]
+    j = start // PER + tl.arange(0, BLOCK_K // PER)
+    at = data_ptr + row.to(tl.int64)[:, None] * (K // PER) + j[None, :]
     if EVEN:
         w = tl.load(at, eviction_policy="evict_first")
     else:
-        w = tl.load(at, mask=(start * BITS // 8 + j < K * BITS // 8)[None, :], other=0.0)
+        w = tl.load(at, mask=(j < K // PER)[None, :], other=0.0)
     if FORM == FLOAT:
-        return w.to(DTYPE)
+        if ASM and tl.bfloat16 == DTYPE:
+            numbers = tl.inline_asm_elementwise(_E4M3_TO_BF16, "=r,=r,r", [w], tl.bfloat16, True, 4)
+        else:
+            numbers = w.to(DTYPE)
+        return numbers
     g = start // GROUP + tl.arange(0, S)
     place = g[None, :] * num_out + row[:, None]
     inside = (g * GROUP < K)[None, :]
@@ -98,7 +125,7 @@ def load_numbers(
         offset = _spread(offset, ROWS, S, BLOCK_K)
     if ASM and BITS == 4:
         # Exact up to the products: 128 + q and 1024 + q less 128 + z and 1024 + z.
-        q = _integers(w, ROWS, BLOCK_K, True, DTYPE)
+        q = _integers(w, ROWS, BLOCK_K, True, DTYPE).to(DTYPE, bitcast=True)
         BASE: tl.constexpr = 128.0 if tl.bfloat16 == DTYPE else 1024.0
         s = scale.to(DTYPE)
         if FORM == MINIMUM:
@@ -135,7 +162,7 @@ def _finish(
 @triton.jit
 def shared_matrix(
     x_ptr,  # [M, K], rows x_stride apart
-    data_ptr,  # [N, K * BITS / 8]
+    data_ptr,  # 4 bits [N, K / 8] int32, 8 bits [N, K]
     numbers_ptr,  # [K / GROUP, N], or [K / GROUP, N, 2] with offsets
     bias_ptr,  # [N]
     residual_ptr,  # [M, N] contiguous
@@ -205,7 +232,7 @@ def shared_matrix(
 
 @triton.jit
 def write_out(
-    data_ptr,  # [N, K * BITS / 8]
+    data_ptr,  # 4 bits [N, K / 8] int32, 8 bits [N, K]
     numbers_ptr,  # [K / GROUP, N], or [K / GROUP, N, 2] with offsets
     out_ptr,  # [N, K]
     num_out,  # N

@@ -64,8 +64,9 @@ class Quantisation:
         return cls(found.method.value, found.bits, found.group, zero_bits, 8 if found.ordered else 0)
 
     @property
-    def has_integers(self) -> bool:
-        return not self.is_float
+    def written_rows(self) -> int | None:
+        """Rows above which a product writes the integers out; None: never."""
+        return None if self.is_float else WRITTEN_ROWS[self.bits]
 
     def fits(self, outputs: int, inputs: int) -> bool:
         """Whether a layer of this size can be packed; else it is plain."""
@@ -90,9 +91,9 @@ class GgufTensors:
         return "gguf"
 
     @property
-    def has_integers(self) -> bool:
-        """False for a file of plain numbers alone."""
-        return bool(self.packed())
+    def written_rows(self) -> int | None:
+        """Rows above which some product writes its integers out; None for a file of plain numbers alone."""
+        return min((WRITTEN_ROWS[form.bits] for form in self.packed().values()), default=None)
 
     def packed(self) -> dict[str, Quantisation]:
         """How each matrix that stays packed lies on a GPU."""
@@ -131,8 +132,8 @@ BLOCKS: Final[Mapping[Kind, Quantisation]] = {
 """How GGUF blocks lie on a GPU: their integers in 4 or 8 bits, scales and minima in float16."""
 COUNTERS_BYTES: Final = 4 << 13
 """Beside every packed matrix, for the programs of one product to join their sums."""
-WRITTEN_ROWS: Final = 128
-"""A product of more rows writes packed integers out as plain numbers (kernels/grouped.py's MATRIX_ROWS)."""
+WRITTEN_ROWS: Final = {4: 512, 8: 128}
+"""Bits -> a product of more rows writes packed integers out as plain numbers (kernels/grouped.py's MOST_ROWS)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,17 +241,20 @@ def written_numbers(
     config: ModelConfig, quantisation: Quantisation | GgufTensors | None, *, tokens: int, draws: int
 ) -> int:
     """Numbers of the largest matrix that a step writes out for its products, one matrix at a time; 0 for none."""
-    if quantisation is None or not quantisation.has_integers:
+    most = None if quantisation is None else quantisation.written_rows
+    if most is None:
         return 0
     width, sizes = config.hidden_size, [0]
-    if tokens > WRITTEN_ROWS:
+    if tokens > most:
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         sizes += [(queries + 2 * keys) * width, queries * width]
         if not all(config.has_experts(layer) for layer in range(config.num_layers)):
             sizes.append((2 if config.gated else 1) * config.intermediate_size * width)
     # A head has as many rows as are drawn from.
-    if draws > WRITTEN_ROWS and isinstance(quantisation, GgufTensors) and not config.tie_embeddings:
-        sizes += [math.prod(quantisation.tensors[HEAD].shape)] if HEAD in quantisation.packed() else []
+    if isinstance(quantisation, GgufTensors) and not config.tie_embeddings:
+        form = quantisation.packed().get(HEAD)
+        if form is not None and draws > WRITTEN_ROWS[form.bits]:
+            sizes.append(math.prod(quantisation.tensors[HEAD].shape))
     return max(sizes)
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from tests.model import quantised
 from tests.model.driving import Driver, distance, judged, random_model
-from vserve.kernels.grouped import MATRIX_ROWS
+from vserve.kernels.grouped import MOST_ROWS
 from vserve.model.gpu_decoder import GpuDecoder
 from vserve.model.loader import load_weights
 from vserve.model.source import _default_file, resolve
@@ -116,4 +116,4 @@ def test_the_blocks_of_the_default_model_take_what_is_planned(device: torch.devi
 
 
 def test_plans_know_from_how_many_rows_weights_are_written_out() -> None:
-    assert WRITTEN_ROWS == MATRIX_ROWS
+    assert WRITTEN_ROWS == MOST_ROWS

@@ -20,9 +20,6 @@ from vserve.model.grouped_weights import Groups
 from vserve.model.linear import Linear
 from vserve.model.quant import Blocks
 
-FP8_ROWS: Final = 16
-"""Most rows for which reading e4m3 weights alone beats making the activations e4m3 too, on an H100."""
-
 _FP8_ALIGN: Final = 16
 """What inputs and outputs of an fp8 product on the matrix units are multiples of."""
 
@@ -75,7 +72,7 @@ class GroupedGpuLinear:
         return x if self._order is None else x.index_select(1, self._order)
 
     def _product(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if 0 < x.shape[0] <= grouped.MATRIX_ROWS:
+        if 0 < x.shape[0] <= grouped.most_rows(self.weight):
             return grouped.linear(x, self.weight, bias=self._bias, residual=residual, early=early.one_row(x))
         y = functional.linear(x, grouped.write_out(self.weight, x.dtype), self._bias)
         return y if residual is None else y.add_(residual)
@@ -112,7 +109,7 @@ class FloatGpuLinear:
         return self(x).add_(residual)
 
     def _few(self, x: Tensor) -> bool:
-        return 0 < x.shape[0] <= FP8_ROWS
+        return 0 < x.shape[0] <= grouped.most_rows(self.weight)
 
     def _multiply(self, x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
         return fp8.multiply(q, scale, self._data, self.weight.scale, x.dtype, self._bias)
