@@ -86,7 +86,7 @@ def _products(
 ) -> None:
     pairs, count, size = y.shape[0], weight.shape[0], x.element_size()
     if isinstance(weight, Stack):
-        tile = moe_packed.measured(pairs, count, weight.bits, size, gated=gated)
+        tile = moe_packed.measured(pairs, count, size, gated=gated)
         moe_packed.products(x, weight, groups, y, active, gated=gated, tile=tile, early=early)
     else:
         tile = moe.measured(pairs, count, size, gated=gated)

@@ -41,6 +41,13 @@ class Stack(NamedTuple):
         count, outputs, num_bytes = self.data.shape
         return count, outputs, num_bytes * 8 // self.bits
 
+    @property
+    def elements(self) -> Tensor:
+        """data as the kernels read it."""
+        if self.bits == 4:
+            return self.data.view(torch.int32)
+        return self.data.view(torch.float8_e4m3fn) if self.form is Form.FLOAT else self.data
+
     def put(self, expert: int, weight: Packed) -> None:
         """Copy the weights of one expert to their place."""
         self.data[expert].copy_(weight.data)
@@ -69,7 +76,7 @@ def new_stack(count: int, like: Packed) -> Stack:
 @triton.jit
 def _packed_tiles(
     x_ptr,  # [T, K] with GATED, rows x_stride apart, one a token; else [P, K], one a place in the order
-    data_ptr,  # [E, N, K * BITS / 8]; with GATED [E, 2 N, ...]
+    data_ptr,  # 4 bits [E, N, K / 8] int32, 8 bits [E, N, K]; with GATED [E, 2 N, ...]
     numbers_ptr,  # [E, K / GROUP, N], or [..., N, 2] with offsets
     order_ptr,  # [P] int32
     starts_ptr,  # [E + 1] int32
@@ -78,12 +85,13 @@ def _packed_tiles(
     pairs,  # P
     num_out,  # N
     x_stride,
+    data_stride,  # of an expert
+    numbers_stride,
     K: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
     FORM: tl.constexpr,
     CENTRE_AT: tl.constexpr,
-    SIDES: tl.constexpr,
     ACTIVE: tl.constexpr,
     GATED: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -113,8 +121,8 @@ def _packed_tiles(
     n = tl.minimum(tl.program_id(0) * ROWS + r // HALVES, num_out - 1) + r % HALVES * num_out
     outputs = num_out * HALVES
     # int64: an expert's offset passes 2**31 bytes in a large mixture
-    data = data_ptr + expert.to(tl.int64) * outputs * (K * BITS // 8)
-    numbers = numbers_ptr + expert.to(tl.int64) * outputs * (K // GROUP * SIDES)
+    data = data_ptr + expert.to(tl.int64) * data_stride
+    numbers = numbers_ptr + expert.to(tl.int64) * numbers_stride
     acc = tl.zeros([ROWS * HALVES, BLOCK_M], tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         w = load_numbers(
@@ -139,23 +147,20 @@ def products(
     count, _, width = weight.shape
     assert x.stride(1) == 1
     assert x.shape[1] == width
-    data = weight.data.view(torch.float8_e4m3fn) if weight.form is Form.FLOAT else weight.data
+    data = weight.elements
     _packed_tiles[(triton.cdiv(outputs, tile.outputs), tiles_bound(pairs, count, tile.pairs))](
-        x, data, weight.numbers, groups.order, groups.starts, y, count, pairs, outputs, x.stride(0), width,
-        weight.group, weight.bits, int(weight.form), weight.centre, 2 if weight.form.has_offset else 1, active, gated,
+        x, data, weight.numbers, groups.order, groups.starts, y, count, pairs, outputs, x.stride(0), data.stride(0),
+        weight.numbers.stride(0), width, weight.group, weight.bits, int(weight.form), weight.centre, active, gated,
         triton.next_power_of_2(count), tile.pairs, tile.outputs, tile.inputs, tile.stages, grouped._asm(x),
         early, **options(tile.warps, early),
     )  # fmt: skip
 
 
-def measured(pairs: int, count: int, bits: int, element_size: int, *, gated: bool) -> Tile:
-    """The tile for so many pairs of a token and one of `count` experts."""
+def measured(pairs: int, count: int, element_size: int, *, gated: bool) -> Tile:
+    """The tile for so many pairs of a token and one of `count` experts: what a plain layer takes for as many rows."""
     if element_size > 2:
         return Tile(16, 32, 32, 4, 2)
-    rows, width = 32 if gated else 64, 256 if bits == 4 else 128
     each = pairs / count
-    if each <= 8:
-        return Tile(16, rows, width, 4, 3)
     if each <= 24:
-        return Tile(32, rows, 128, 4, 3)
-    return Tile(64, rows, 128, 4, 3) if each <= 96 else Tile(128, rows, 128, 8, 3)
+        return Tile(16 if each <= 8 else 32, 32 if gated else 64, 128, 4, 4)
+    return Tile(64 if each <= 96 else 128, 64 if gated else 128, 128, 8, 3)
