@@ -204,7 +204,6 @@ def _runner(
     cuda = assemble_cuda.make_runner(decoder, plan, max_num_seqs=rows, max_tokens=tokens, reporter=reporter)
     chunk = config.max_prefill_chunk or assemble_cuda.prefill_chunk(cuda)
     cuda.leave_out(chunk)
-    assemble_cuda.capture_more(cuda)
     return cuda, chunk
 
 
