@@ -16,6 +16,7 @@ from typing import Protocol
 
 import triton
 from triton import knobs
+from triton.runtime.cache import triton_key
 
 
 class _Kernel(Protocol):
@@ -61,3 +62,8 @@ def _nothing():
 def prepare() -> None:
     """Do what Triton does once, before the first kernel (it reads all of itself for its cache's sake).  Any thread."""
     _nothing.warmup(grid=(1,))
+
+
+def read_compiler() -> None:
+    """Of ``prepare``, what needs no device and no torch: the reading, most of it without the GIL.  Any thread."""
+    triton_key()

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from vserve import __version__
+from vserve import __version__, preload
 from vserve.config import Config
 from vserve.errors import EngineDied, EngineStalled, StartupError, Unavailable
 from vserve.model import cpu
@@ -64,6 +64,14 @@ def serve(config: Config) -> int:
     reduced = config.device != "cuda" and not {config.dtype, config.embedding_dtype}.isdisjoint(("bfloat16", "float16"))
     os.environ.update(cpu.library_environment(os.environ, reduced_precision=reduced))
     faulthandler.enable()  # a model file cut while it is mapped ends the process by a signal: say where
+    ahead = preload.begin(config.device)
+    try:
+        return _run(config)
+    finally:
+        ahead.wait()
+
+
+def _run(config: Config) -> int:
     import uvloop
 
     sys.setswitchinterval(SWITCH_INTERVAL_S)
