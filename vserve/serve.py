@@ -65,10 +65,12 @@ def serve(config: Config) -> int:
     os.environ.update(cpu.library_environment(os.environ, reduced_precision=reduced))
     faulthandler.enable()  # a model file cut while it is mapped ends the process by a signal: say where
     ahead = preload.begin(config.device)
+    gc.disable()  # until all is imported: next to nothing of that is garbage
     try:
         return _run(config)
     finally:
         ahead.wait()
+        gc.enable()
 
 
 def _run(config: Config) -> int:
@@ -201,6 +203,8 @@ class _Service:
             from vserve.assemble import assemble, choose_device
             from vserve.assemble_encoder import wanted
 
+            gc.freeze()  # what was imported stays: the collector need not look at it again
+            gc.enable()
             embedding, generates = wanted(self._config)
             if embedding is not None:  # first: what it takes of a GPU is then known when the KV cache is made
                 encoder.load(embedding, choose_device(self._config), encoder_failed, reporter)
@@ -214,7 +218,7 @@ class _Service:
         if engine is not None and engine.gpu_uuid is not None:
             self._app.metrics.gpu = utilization_reader(engine.gpu_uuid)  # here: the driver may take its time
         gc.collect()
-        gc.freeze()  # what was made at start stays: the collector need not look at it again
+        gc.freeze()  # so does what is left of the loading
         tell(self._on_ready, engine)
         if encoder.engine is not None:
             encoder.start()
