@@ -215,15 +215,19 @@ class _Service:
             reporter.end()
             tell(self._on_failure, error)
             return
-        if engine is not None and engine.gpu_uuid is not None:
-            self._app.metrics.gpu = utilization_reader(engine.gpu_uuid)  # here: the driver may take its time
         gc.collect()
         gc.freeze()  # so does what is left of the loading
         tell(self._on_ready, engine)
+        if engine is not None and engine.gpu_uuid is not None:
+            threading.Thread(target=self._meet_driver, args=(engine.gpu_uuid,), name="nvml", daemon=True).start()
         if encoder.engine is not None:
             encoder.start()
         if engine is not None:
             engine.loop.run()
+
+    def _meet_driver(self, gpu_uuid: str) -> None:
+        """On a thread of its own: the driver takes a tenth of a second, and nobody waits for what it says."""
+        self._app.metrics.gpu = utilization_reader(gpu_uuid)
 
     # ---- L -----------------------------------------------------------------------------------------------------
 
