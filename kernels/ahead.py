@@ -16,7 +16,6 @@ from typing import Protocol
 
 import triton
 from triton import knobs
-from triton.runtime.cache import triton_key
 
 
 class _Kernel(Protocol):
@@ -65,5 +64,10 @@ def prepare() -> None:
 
 
 def read_compiler() -> None:
-    """Of ``prepare``, what needs no device and no torch: the reading, most of it without the GIL.  Any thread."""
+    """Of ``prepare``, what needs no device and no torch: the reading, most of it without the GIL.  Any thread.
+
+    Raises ImportError where this Triton keeps it elsewhere.
+    """
+    from triton.runtime.cache import triton_key
+
     triton_key()

@@ -235,7 +235,7 @@ class _Service:
             engine.loop.run()
 
     def _meet_driver(self, gpu_uuid: str) -> None:
-        """On a thread of its own: the driver takes a tenth of a second, and nobody waits for what it says."""
+        """On a thread of its own: the driver may take its time, and nobody waits for what it says."""
         self._app.metrics.gpu = utilization_reader(gpu_uuid)
 
     # ---- L -----------------------------------------------------------------------------------------------------
