@@ -22,6 +22,8 @@ LIBRARIES: Final = (("libtorch_global_deps.so", ctypes.RTLD_GLOBAL), ("libtorch_
 CUDA_LIBRARY: Final = "libtorch_cuda.so"
 DRIVER: Final = "libcuda.so.1"
 SUCCESS: Final = 0
+WAIT_S: Final = 5.0
+"""A driver that hangs is not waited for any longer."""
 
 
 class Preload:
@@ -37,9 +39,9 @@ class Preload:
         thread.start()
 
     def wait(self) -> None:
-        """Until all have ended, a second at most: a process that exits while a library initialises may crash."""
+        """Until all have ended, which takes a second: a process that exits while a library initialises may crash."""
         for thread in self._threads:  # one may start another before it ends: that is seen too
-            thread.join()
+            thread.join(WAIT_S)
 
 
 def begin(device: str) -> Preload:
