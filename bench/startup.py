@@ -133,6 +133,7 @@ def main() -> None:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-startup-")))
         more = args.serve_args.split()
         about: dict[str, object] = {"server": args.name, "cold": args.cold, "bytecode": has_bytecode()}
+        about["serve_args"] = args.serve_args
         if args.weights is not None:
             folder, size = stack.enter_context(written(args.weights))
             more, about["weights_gb"] = [str(folder), *more], round(size / 1e9, 2)
