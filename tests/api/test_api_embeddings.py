@@ -206,8 +206,8 @@ def test_what_cannot_be_embedded_is_told(stand: Stand, body: dict[str, Any], par
         assert word in error["message"]
 
 
-def test_names_select_the_model(stand: Stand) -> None:
-    assert ask(stand, input="a", model="other")["model"] == "other"
+def test_names_select_the_model_and_the_first_is_in_the_reply(stand: Stand) -> None:
+    assert ask(stand, input="a", model="other")["model"] == MODEL
     assert ask(stand, input="a", model="")["model"] == MODEL
     assert MODEL in refusal(stand, 404, input="a", model="nobody")["message"]
     chat = {"messages": [{"role": "user", "content": "hi"}], "model": MODEL}
