@@ -320,6 +320,13 @@ class Config:
         "access",
         split=True,
     )
+    oauth2_quotas: tuple[str, ...] = _option(
+        (),
+        "what each subject of the issuer may spend, with commas: requests_per_minute=60,tokens_per_day=1000000, and "
+        "whatever else a table of --api-key-file may say so; no bound by default",
+        "access",
+        split=True,
+    )
     oauth2_authorization_url: str | None = _option(
         None, "where a browser asks for a token, for /openapi.json and /docs", "access"
     )
