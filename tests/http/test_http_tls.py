@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import os
+import resource
+import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -238,6 +241,31 @@ def test_a_server_that_closes_ends_the_handshakes_that_are_under_way(tmp_path: P
         writer.close()
 
     run(Tls(TlsFiles(cert, key)), steps, Limits(tls_handshake_s=3600))
+
+
+def test_without_descriptors_nothing_is_accepted_and_then_it_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cert, key = certificate(tmp_path, "one")
+
+    async def steps(ask: Ask, server: HttpServer) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with socket.socket() as client:
+            client.setblocking(False)
+            free = os.dup(client.fileno())
+            os.close(free)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+            try:
+                await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", server.port))
+                while not caplog.records:
+                    await asyncio.sleep(0)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        (record,) = caplog.records
+        assert record.getMessage() == "cannot accept a connection: Too many open files"
+        assert (await ask(cert))[0] == 200
+
+    run(Tls(TlsFiles(cert, key)), steps)
 
 
 def test_a_handshake_that_does_not_come_to_an_end_is_given_up_in_time_and_garbage_at_once(tmp_path: Path) -> None:
