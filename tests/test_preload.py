@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import shutil
 import subprocess
@@ -95,3 +96,15 @@ def test_torchs_library_is_loaded_before_torch_and_torch_works_with_it() -> None
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.stdout.split(), done.stderr) == (["False", "True", "12"], "")
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_module_without_bytecode_on_disk_is_told_from_one_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: bool
+) -> None:
+    name = f"module_for_preload_{written}"
+    (tmp_path / f"{name}.py").write_text("number = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", not written)
+    importlib.import_module(name)
+    assert preload.has_bytecode(name) is written

@@ -57,6 +57,12 @@ def begin(device: str) -> Preload:
     return ahead
 
 
+def has_bytecode(module: str) -> bool:
+    """Whether the next process finds an imported module compiled, or must do it again."""
+    spec = sys.modules[module].__spec__
+    return spec is not None and spec.cached is not None and os.path.exists(spec.cached)
+
+
 def load(libraries: list[tuple[Path, int]]) -> None:
     """Load each library that is there and can be loaded, without the GIL."""
     dlopen = ctypes.CDLL(None).dlopen  # called as any function is; CDLL itself would hold the GIL meanwhile

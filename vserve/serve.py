@@ -88,14 +88,6 @@ def _run(config: Config) -> int:
         return code
 
 
-def _note_bytecode() -> None:
-    """Say what makes every start longer by seconds.  Once torch has been imported."""
-    spec = sys.modules["torch"].__spec__
-    if spec is None or spec.cached is None or not os.path.exists(spec.cached):
-        log.info("Python compiles torch anew at every start: its bytecode is not on disk, and cannot be written or may "
-                 "not (PYTHONDONTWRITEBYTECODE)")  # fmt: skip
-
-
 class _Service:
     """The parts that live as long as the process.  L only, but for ``_engine_main``."""
 
@@ -213,7 +205,9 @@ class _Service:
 
             gc.freeze()  # what was imported stays: the collector need not look at it again
             gc.enable()
-            _note_bytecode()
+            if not preload.has_bytecode("torch"):
+                log.info("Python compiles torch anew at every start, for seconds: its bytecode is not on disk, and "
+                         "cannot be written or may not (PYTHONDONTWRITEBYTECODE)")  # fmt: skip
             embedding, generates = wanted(self._config)
             if embedding is not None:  # first: what it takes of a GPU is then known when the KV cache is made
                 encoder.load(embedding, choose_device(self._config), encoder_failed, reporter)
