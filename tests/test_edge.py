@@ -179,6 +179,12 @@ def test_an_issuer_is_asked_only_once_the_server_runs_and_its_tokens_are_then_tr
         (("--oauth2-issuer", "http://sso.example", *ISSUER[2:]), "--oauth2-issuer: 'http://sso.example' is not"),
         ((*ISSUER, "--oauth2-jwks-url", "file:///etc/passwd"), "--oauth2-jwks-url: 'file:///etc/passwd' is not"),
         ((*ISSUER, "--oauth2-scopes", "read=root"), "--oauth2-scopes: 'read=root' is not"),
+        (("--oauth2-quotas", "tokens_per_day=9"), "--oauth2-quotas needs --oauth2-issuer"),
+        ((*ISSUER, "--oauth2-quotas", "tokens_per_year=9"), "--oauth2-quotas: 'tokens_per_year=9' is not NAME=NUMBER"),
+        ((*ISSUER, "--oauth2-quotas", "tokens_per_day"), "--oauth2-quotas: 'tokens_per_day' is not NAME=NUMBER"),
+        ((*ISSUER, "--oauth2-quotas", "tokens_per_day=1,tokens_per_day=2"), "--oauth2-quotas: 'tokens_per_day=2' is"),
+        ((*ISSUER, "--oauth2-quotas", "tokens_per_day=0"), "--oauth2-quotas: tokens_per_day must be a whole number"),
+        ((*ISSUER, "--oauth2-quotas", "requests_per_minute=0"), "--oauth2-quotas: requests_per_minute must be a"),
     ],
 )
 def test_flags_that_make_no_issuer_end_the_start(flags: tuple[str, ...], said: str) -> None:
