@@ -39,7 +39,8 @@ from vserve.text.grammar import HELPERS, Grammar, Grammars, why_none
 from vserve.text.grammar_spec import GrammarSpec
 from vserve.text.habits import Habits, habits_of
 from vserve.text.template import ChatTemplate
-from vserve.text.tokenizer import Tokenizer, eos_ids_in
+from vserve.text.tokenizer import Tokenizer
+from vserve.text.tokenizer_files import eos_ids_in
 
 T = TypeVar("T")
 
