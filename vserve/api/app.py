@@ -29,8 +29,9 @@ from vserve.errors import ApiError, BadRequest, NotFound, RateLimited, Unavailab
 from vserve.http.exchange import Exchange
 from vserve.http.site import AccessEntry
 from vserve.oauth.grants import Flow
+from vserve.observe.engine_series import EngineSeries
 from vserve.observe.heartbeat import Heartbeat
-from vserve.observe.metrics import EngineSeries, Metrics
+from vserve.observe.metrics import Metrics
 from vserve.observe.trace import TraceRing
 from vserve.scale.workers import LocalWorker, Workers
 from vserve.store.memory import MemoryStore
