@@ -201,8 +201,9 @@ def serve_fake(port: int, step_s: float, spin_s: float) -> int:
     from vserve.api.routes import Gate, routes, table
     from vserve.bridge import Bridge
     from vserve.engine.inbox import Inbox
+    from vserve.engine.limits import Limits
     from vserve.engine.loop import EngineLoop
-    from vserve.engine.scheduler import Limits, Scheduler
+    from vserve.engine.scheduler import Scheduler
     from vserve.http.limits import Limits as WireLimits
     from vserve.http.router import Router
     from vserve.http.server import HttpServer
