@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.client import percentile, summary
 from bench.record import emit
 from bench.serve import Load, Ping, Target, free_port, measure, running
+from vserve.engine.sequence import Plan, Results
 
 T = TypeVar("T")
 
@@ -163,6 +164,18 @@ def serve_watched(words: Sequence[str], report: Path) -> int:
     return vserve(words)
 
 
+class TimedStep:
+    """A step of a TimedDevice: a Pending."""
+
+    def __init__(self, ready_s: float, ids: list[int]) -> None:
+        self._ready_s, self._ids = ready_s, ids
+
+    def wait(self) -> Results:
+        """See engine.loop.Pending."""
+        time.sleep(max(0.0, self._ready_s - time.perf_counter()))
+        return Results(self._ids)
+
+
 class TimedDevice:
     """A device that draws one id for ever and only takes time: step_s a step, and spin_s of Python to launch one."""
 
@@ -170,22 +183,13 @@ class TimedDevice:
         self._step_s, self._spin_s, self._token = step_s, spin_s, token
         self._free_s = 0.0
 
-    def launch(self, plan: Any) -> Any:
+    def launch(self, plan: Plan) -> TimedStep:
         """See engine.loop.StepRunner."""
-        from vserve.engine.sequence import Results
-
-        until = time.thread_time() + self._spin_s
-        while time.thread_time() < until:
+        until_s = time.thread_time() + self._spin_s
+        while time.thread_time() < until_s:
             pass
         self._free_s = max(self._free_s, time.perf_counter()) + self._step_s
-        ready_s, ids = self._free_s, [self._token] * sum(work.samples for work in plan.works)
-
-        class Step:
-            def wait(self) -> Results:
-                time.sleep(max(0.0, ready_s - time.perf_counter()))
-                return Results(ids)
-
-        return Step()
+        return TimedStep(self._free_s, [self._token] * sum(work.samples for work in plan.works))
 
 
 def serve_fake(port: int, step_s: float, spin_s: float) -> int:
