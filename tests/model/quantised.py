@@ -76,8 +76,11 @@ def fp8_tensors(
 def quantise(folder: Path, dense: Path, make: Any, settings: dict[str, object]) -> None:
     """Write the model of the folder dense to folder with its layers' matrices replaced by what make draws.
 
-    dense gets the same numbers written out, so that the two are one model.
+    dense gets the same numbers written out, so that the two are one model.  What the settings' modules_to_not_convert
+    name stays as it is.
     """
+    left = settings.get("modules_to_not_convert", ())
+    assert isinstance(left, list | tuple)
     generator = torch.Generator().manual_seed(7)
     folder.mkdir()
     plain = load_file(dense / "model.safetensors")
@@ -85,6 +88,7 @@ def quantise(folder: Path, dense: Path, make: Any, settings: dict[str, object]) 
     for name, tensor in list(plain.items()):
         # Routers are small and stay as they are, and so does what has no whole groups.
         router = name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight"))
+        router = router or any(part in name for part in left)
         if tensor.dim() == 2 and ".layers." in name and not router and tensor.shape[1] % 32 == 0:
             parts, numbers = make(*tensor.shape, generator)
             packed.update({name.removesuffix("weight") + part: value for part, value in parts.items()})

@@ -20,7 +20,7 @@ from vserve.errors import StartupError
 from vserve.model.grouped_weights import FloatTensor, GroupedTensor
 from vserve.model.linear import GroupedLinear
 from vserve.model.loader import load, load_dummy
-from vserve.model.quantization import Method, Quantization, choose
+from vserve.model.quantization import Method, Quantization, choose, read
 from vserve.model.source import resolve
 
 
@@ -122,6 +122,29 @@ def test_biases_that_autogptq_writes_are_read_past_where_they_are_zero(
     assert distance(Driver(decoder, 24).logits(list(range(9)), [6, 1]), judged(judge, list(range(9)))) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("listed", "module", "skipped"),
+    [
+        (["lm_head"], "model.layers.0.mlp.gate_proj", False),
+        (["gate"], "model.layers.0.mlp.gate_proj", False),
+        (["mlp.gate"], "model.layers.0.mlp.gate", True),
+        (["model.layers.1"], "model.layers.11.mlp.up_proj", False),
+        (["model.layers.1"], "model.layers.1.mlp.up_proj", True),
+        (["layers.1.self_attn"], "model.layers.1.self_attn.q_proj", True),
+        (["up_proj", "down_proj"], "model.layers.1.mlp.down_proj", True),
+        (None, "model.layers.1.mlp.down_proj", False),
+    ],
+)
+@pytest.mark.parametrize("key", ["modules_to_not_convert", "ignored_layers"])
+def test_modules_are_left_plain_by_whole_parts_of_their_names(
+    key: str, listed: list[str] | None, module: str, skipped: bool, tmp_path: Path
+) -> None:
+    values = {"quantization_config": {**FP8, key: listed}}
+    found = read(tmp_path, values)
+    assert found is not None
+    assert found.skips(module) == skipped
+
+
 SETTINGS: dict[str, tuple[dict[str, object], str]] = {
     "no method": ({"bits": 4}, "quant_method is missing"),
     "another method": ({"quant_method": "bitsandbytes"}, "supported are awq, gptq, fp8"),
@@ -136,6 +159,7 @@ SETTINGS: dict[str, tuple[dict[str, object], str]] = {
     "marlin": (GPTQ | {"checkpoint_format": "marlin"}, "only gptq and gptq_v2"),
     "layers of their own": (GPTQ | {"dynamic": {"-:x": {}}}, "not supported"),
     "blocks": (FP8 | {"weight_block_size": [128, 128]}, "blocks are not supported"),
+    "modules that are no list": (AWQ | {"modules_to_not_convert": "lm_head"}, "must be a list"),
     "scheme": (FP8 | {"activation_scheme": "token"}, "only dynamic and static"),
     "not an object": ([], "must be an object"),  # type: ignore[dict-item]
 }
