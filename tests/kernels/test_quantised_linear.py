@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from vserve.model.gpu_linear import FloatGpuLinear, GroupedGpuLinear, StackedGpuLinear
+from vserve.model.grouped_weights import FloatTensor
 from vserve.model.kinds import LAYOUTS, Kind
 from vserve.model.linear import PlainLinear
 from vserve.model.quantised_linear import Place, online_fp8, quantised_linear
@@ -35,7 +36,7 @@ def blocks(kind: Kind, rows: int, cols: int, random: torch.Generator) -> StoredT
     return StoredTensor(f"a {kind}", kind, (rows, cols), raw.view(-1))
 
 
-def layer(stored: list[StoredTensor], bias: Tensor | None, device: torch.device) -> object:
+def layer(stored: Sequence[StoredTensor], bias: Tensor | None, device: torch.device) -> object:
     def plain() -> PlainLinear:
         raise AssertionError("a CPU's")
 
@@ -105,3 +106,29 @@ def test_a_plain_weight_becomes_e4m3_by_rows(rows: int, device: torch.device, ra
 def test_a_weight_of_odd_sizes_stays_plain(device: torch.device, random: torch.Generator) -> None:
     weight = torch.randn(10, 33, generator=random).to(device, DTYPE)
     assert isinstance(online_fp8(weight, None), PlainLinear)
+
+
+def e4m3(rows: int, cols: int, input_scale: float | None, random: torch.Generator) -> FloatTensor:
+    data = torch.randn(rows, cols, generator=random).to(torch.float8_e4m3fn)
+    given = None if input_scale is None else torch.tensor([input_scale])
+    return FloatTensor("e4m3", Kind.E4M3, (rows, cols), data, torch.rand(rows, generator=random) + 0.5, given)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 20])
+def test_static_scales_of_inputs_are_obeyed_where_inputs_become_e4m3(
+    rows: int, device: torch.device, random: torch.Generator
+) -> None:
+    parts = [e4m3(32, 64, 0.001, random), e4m3(16, 64, 0.002, random)]
+    made = layer(parts, None, device)
+    assert isinstance(made, FloatGpuLinear)
+    x = torch.randn(rows, 64, generator=random).to(device, DTYPE)
+    numbers = torch.cat([part.dense() for part in parts]).double()
+    wide = x.double().cpu()
+    if rows > 16:
+        # The published formula, with the larger scale of the two; 448 is the largest e4m3 number.
+        cut = (wide / 0.002).clamp(-448, 448)
+        assert (cut.abs() == 448).any()
+        wide = cut.to(torch.float8_e4m3fn).double() * 0.002
+    wanted = wide @ numbers.T
+    # The interpreter loses the carry of some numbers that become e4m3.
+    assert float((made(x).double().cpu() - wanted).norm() / wanted.norm()) < (4e-3 if GPU or rows <= 16 else 5e-2)

@@ -73,6 +73,11 @@ def fp8_tensors(
     return {"weight": data, "weight_scale": scale}, data.double() * scale.double()
 
 
+def static_fp8_tensors(outputs: int, inputs: int, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+    parts, numbers = fp8_tensors(outputs, inputs, False, generator)
+    return {**parts, "input_scale": torch.tensor(0.03)}, numbers
+
+
 def quantise(folder: Path, dense: Path, make: Any, settings: dict[str, object]) -> None:
     """Write the model of the folder dense to folder with its layers' matrices replaced by what make draws.
 
@@ -104,6 +109,7 @@ def quantise(folder: Path, dense: Path, make: Any, settings: dict[str, object]) 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False}
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+STATIC_FP8 = {"quant_method": "fp8", "activation_scheme": "static"}
 
 
 def gptq(bits: int = 4, *, ordered: bool = True, sym: bool = False, shift: int = 1, group: int = 32) -> Any:
@@ -125,5 +131,6 @@ CHECKPOINTS: dict[str, tuple[Any, dict[str, object]]] = {
     "gptq 8 sym act-order": (gptq(8, sym=True, ordered=False), GPTQ | {"bits": 8, "sym": True, "desc_act": True}),
     "fp8 tensor": (lambda n, k, g: fp8_tensors(n, k, False, g), FP8),
     "fp8 row": (lambda n, k, g: fp8_tensors(n, k, True, g), FP8),
+    "fp8 static": (static_fp8_tensors, STATIC_FP8),
 }
 """name -> (what draws a matrix, the quantization_config)."""

@@ -123,6 +123,40 @@ def test_biases_that_autogptq_writes_are_read_past_where_they_are_zero(
 
 
 @pytest.mark.parametrize(
+    ("scale", "problem"),
+    [
+        (None, "is missing, which .*q_proj.weight needs: activation_scheme is static"),
+        (torch.tensor([0.1, 0.1]), r"has shape \[2\], must be one number"),
+        (torch.tensor(0.0), "is 0, must be above 0"),
+        (torch.tensor(torch.nan), "is nan, must be above 0"),
+    ],
+)
+def test_a_static_scale_that_is_no_scale_is_refused(scale: Tensor | None, problem: str, tmp_path: Path) -> None:
+    random_model(hidden_size=64, intermediate_size=128, num_hidden_layers=1).save_pretrained(tmp_path / "dense")
+    make, settings = CHECKPOINTS["fp8 static"]
+    quantised.quantise(tmp_path / "fp8", tmp_path / "dense", make, settings)
+    tensors = load_file(tmp_path / "fp8" / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.input_scale"
+    assert tensors.pop(name) == torch.tensor(0.03)
+    save_file(tensors if scale is None else {**tensors, name: scale}, tmp_path / "fp8" / "model.safetensors")
+    with pytest.raises(StartupError, match=rf"q_proj\.input_scale {problem}"):
+        load(resolve(str(tmp_path / "fp8"), environ={}), device=CPU, dtype=torch.float32)
+
+
+def test_scales_of_inputs_are_those_of_static_checkpoints_alone(tmp_path: Path) -> None:
+    random_model(hidden_size=64, intermediate_size=128, num_hidden_layers=1).save_pretrained(tmp_path / "dense")
+    make, settings = CHECKPOINTS["fp8 static"]
+    quantised.quantise(tmp_path / "fp8", tmp_path / "dense", make, settings)
+    for scheme, wanted in (("static", torch.tensor([0.03])), ("dynamic", None)):
+        values = json.loads((tmp_path / "fp8" / "config.json").read_text())
+        values["quantization_config"]["activation_scheme"] = scheme
+        (tmp_path / "fp8" / "config.json").write_text(json.dumps(values))
+        found = resolve(str(tmp_path / "fp8"), environ={}).open_weights().get("model.layers.0.mlp.down_proj.weight")
+        assert isinstance(found, FloatTensor)
+        assert found.input_scale == wanted
+
+
+@pytest.mark.parametrize(
     ("listed", "module", "skipped"),
     [
         (["lm_head"], "model.layers.0.mlp.gate_proj", False),

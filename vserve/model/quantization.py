@@ -40,7 +40,7 @@ class Quantization:
 
     zero_shift: what is added to a packed zero point (GPTQ before version 2 stores it less 1).  symmetric: all zero
     points are the middle.  ordered: groups take the inputs in an order of their own.  online: the checkpoint is plain,
-    and its linear layers become fp8 as they are loaded.
+    and its linear layers become fp8 as they are loaded.  static: each layer says by what its inputs are scaled to fp8.
     skipped: modules that are left plain, with all that is inside of them, from any part of their names on.
     """
 
@@ -51,6 +51,7 @@ class Quantization:
     symmetric: bool = False
     ordered: bool = False
     online: bool = False
+    static: bool = False
     skipped: tuple[str, ...] = ()
 
     def skips(self, module: str) -> bool:
@@ -149,7 +150,7 @@ def _fp8(fields: Fields) -> Quantization:
     if (fields.text("fmt", "e4m3") or "").lower() not in ("e4m3", "float8_e4m3fn"):
         raise fields.fail("fmt", "only e4m3 is supported")
     skipped = _skipped(fields, "ignored_layers") + _skipped(fields, "modules_to_not_convert")
-    return Quantization(Method.FP8, skipped=skipped)
+    return Quantization(Method.FP8, static=scheme == "static", skipped=skipped)
 
 
 def _group(fields: Fields, key: str) -> int | None:
