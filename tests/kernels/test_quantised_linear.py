@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from vserve.kernels import fp8
 from vserve.model.gpu_linear import FloatGpuLinear, GroupedGpuLinear, StackedGpuLinear
 from vserve.model.grouped_weights import FloatTensor
 from vserve.model.kinds import LAYOUTS, Kind
@@ -132,3 +133,18 @@ def test_static_scales_of_inputs_are_obeyed_where_inputs_become_e4m3(
     wanted = wide @ numbers.T
     # The interpreter loses the carry of some numbers that become e4m3.
     assert float((made(x).double().cpu() - wanted).norm() / wanted.norm()) < (4e-3 if GPU or rows <= 16 else 5e-2)
+
+
+def test_a_gate_is_computed_where_inputs_become_e4m3(device: torch.device, random: torch.Generator) -> None:
+    part = e4m3(48, 64, None, random)
+    made = layer([part], None, device)
+    assert isinstance(made, FloatGpuLinear)
+    gate_up = torch.randn(20, 128, generator=random).to(device, DTYPE)
+    residual = torch.randn(20, 48, generator=random).to(device, DTYPE)
+    assert not made.reads(residual)
+    gate, up = gate_up.double().cpu().chunk(2, 1)
+    v = silu(gate) * up
+    scale = v.abs().amax(1, keepdim=True) / fp8.LARGEST
+    wanted = (v / scale).to(torch.float8_e4m3fn).double() * scale @ part.dense().double().T + residual.double().cpu()
+    found = made.gated_added(gate_up, residual.clone()).double().cpu()
+    assert float((found - wanted).norm() / wanted.norm()) < (1e-2 if GPU else 5e-2)

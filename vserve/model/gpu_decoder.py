@@ -20,7 +20,7 @@ from vserve.kernels import cuda, dispatch
 from vserve.kernels.cuda import StepPlan
 from vserve.model.config import Activation, ModelConfig
 from vserve.model.decoder import Decoder
-from vserve.model.gpu_linear import QUANTISED, GpuLinear
+from vserve.model.gpu_linear import QUANTISED, FloatGpuLinear, GpuLinear
 from vserve.model.layers import Block, Embedding, Mlp, Norm, Positions
 from vserve.model.linear import Linear, PlainLinear
 from vserve.model.ops import KvCache, Step
@@ -103,8 +103,7 @@ class GpuDecoder(Decoder):
             if number == last and logit_rows is not None:  # what follows is wanted of these rows only
                 x, residual = x.index_select(0, logit_rows), residual.index_select(0, logit_rows)
             residual = add_linear(x, layer.output, residual)
-            x = norm_gated_linear(residual, block.mlp_norm.weight, eps, gate_up)
-            residual = add_linear(x, layer.down, residual)
+            residual = add_mlp(residual, block.mlp_norm.weight, eps, gate_up, layer.down)
         return norm_linear(residual, norm.weight, eps, head)
 
 
@@ -122,6 +121,16 @@ def norm_gated_linear(x: Tensor, norm: Tensor, eps: float, linear: PlainLinear |
     if linear.bias is None:
         return cuda.norm_gated_linear(x, norm, eps, linear.weight)
     return cuda.silu_mul(cuda.norm_linear(x, norm, eps, linear.weight, linear.bias))
+
+
+def add_mlp(
+    residual: Tensor, norm: Tensor, eps: float, gate_up: PlainLinear | GpuLinear, down: PlainLinear | GpuLinear
+) -> Tensor:
+    """residual [M, N] + down(silu(gate) * up) of its rms_norm with norm [N]; residual is undefined afterwards."""
+    if isinstance(down, FloatGpuLinear) and isinstance(gate_up, FloatGpuLinear) and not down.reads(residual):
+        # The gate is computed where the inputs of the next product become e4m3.
+        return down.gated_added(gate_up.normed(residual, norm, eps), residual)
+    return add_linear(norm_gated_linear(residual, norm, eps, gate_up), down, residual)
 
 
 def add_linear(x: Tensor, linear: PlainLinear | GpuLinear, residual: Tensor) -> Tensor:

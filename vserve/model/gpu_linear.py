@@ -106,12 +106,16 @@ class FloatGpuLinear:
             return grouped.linear(x, self.weight, bias=self._bias, residual=residual, early=early.one_row(x))
         return self._multiply(x).add_(residual)
 
+    def gated_added(self, gate_up: Tensor, residual: Tensor) -> Tensor:
+        """residual [M, N] + the layer of silu(gate) * up, gate_up [M, 2K]; of rows whose inputs become e4m3."""
+        return self._multiply(gate_up, gated=True).add_(residual)
+
     def reads(self, x: Tensor) -> bool:
         """Whether so many rows keep their type and the weights alone are read as e4m3."""
         return 0 < x.shape[0] <= grouped.most_rows(self.weight)
 
-    def _multiply(self, x: Tensor, *, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
-        q, scale = fp8.quantise_rows(x, norm=norm, eps=eps, scale=self._input_scale)
+    def _multiply(self, x: Tensor, *, norm: Tensor | None = None, eps: float = 0.0, gated: bool = False) -> Tensor:
+        q, scale = fp8.quantise_rows(x, norm=norm, eps=eps, gated=gated, scale=self._input_scale)
         return fp8.multiply(q, scale, self._data, self.weight.scale, x.dtype, self._bias)
 
 
