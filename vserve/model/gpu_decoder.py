@@ -23,7 +23,7 @@ from vserve.model.config import Activation, ModelConfig
 from vserve.model.decoder import Decoder
 from vserve.model.experts import Experts
 from vserve.model.gpu_experts import GpuExperts
-from vserve.model.gpu_linear import QUANTISED, GpuLinear
+from vserve.model.gpu_linear import QUANTISED, FloatGpuLinear, GpuLinear
 from vserve.model.layers import Block, Embedding, Mlp, Norm, Positions
 from vserve.model.linear import Linear, PlainLinear
 from vserve.model.ops import KvCache, Step
@@ -133,6 +133,16 @@ def norm_gated_linear(x: Tensor, norm: Tensor, eps: float, linear: PlainLinear |
     return cuda.silu_mul(cuda.norm_linear(x, norm, eps, linear.weight, linear.bias))
 
 
+def add_mlp(
+    residual: Tensor, norm: Tensor, eps: float, gate_up: PlainLinear | GpuLinear, down: PlainLinear | GpuLinear
+) -> Tensor:
+    """residual [M, N] + down(silu(gate) * up) of its rms_norm with norm [N]; residual is undefined afterwards."""
+    if isinstance(down, FloatGpuLinear) and isinstance(gate_up, FloatGpuLinear) and not down.reads(residual):
+        # The gate is computed where the inputs of the next product become e4m3.
+        return down.gated_added(gate_up.normed(residual, norm, eps), residual)
+    return add_linear(norm_gated_linear(residual, norm, eps, gate_up), down, residual)
+
+
 def add_linear(x: Tensor, linear: PlainLinear | GpuLinear, residual: Tensor) -> Tensor:
     """residual [M, N] + linear(x [M, K]); residual is undefined afterwards."""
     if not isinstance(linear, PlainLinear):
@@ -160,7 +170,7 @@ def add_experts(residual: Tensor, norm: Tensor, eps: float, experts: GpuExperts)
 def _add_mlp(residual: Tensor, norm: Tensor, eps: float, mlp: _Dense | GpuExperts) -> Tensor:
     if isinstance(mlp, GpuExperts):
         return add_experts(residual, norm, eps, mlp)
-    return add_linear(norm_gated_linear(residual, norm, eps, mlp.gate_up), mlp.down, residual)
+    return add_mlp(residual, norm, eps, mlp.gate_up, mlp.down)
 
 
 def _fused(
