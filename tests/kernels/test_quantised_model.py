@@ -26,7 +26,7 @@ LIMITS = {torch.bfloat16: 6e-2, torch.float16: 8e-3} if torch.cuda.is_available(
 """About twice what the dense model itself is off by in such numbers.  The interpreter multiplies no bf16 matrices."""
 
 
-@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("name", quantised.CHECKPOINTS)
 def test_logits_are_those_of_the_dense_model(
     name: str, dtype: torch.dtype, device: torch.device, tmp_path: Path

@@ -19,7 +19,13 @@ what_runs = ""
 def measure(name: str, what: ASTSource, options: dict[str, object]) -> None:
     if name not in KERNELS:
         return
-    key = f"{name} {what.signature} {sorted(what.constants.items())} {what.attrs} {options}"
+    constants = {what.fn.arg_names[place]: value for (place,), value in what.constants.items()}
+    # How many steps a program takes changes no tile; whether the last is whole does, and whether parts are shared.
+    if "BLOCK_K" in constants:
+        constants["K"] = constants.get("K", 0) % constants["BLOCK_K"] == 0
+    if "SPLITS" in constants:
+        constants["SPLITS"] = constants["SPLITS"] > 1
+    key = f"{name} {what.signature} {sorted(constants.items())} {what.attrs} {options}"
     if key not in seen:
         seen.add(key)
         print(shared_bytes(what, options), name, what_runs)
@@ -73,18 +79,18 @@ def packed(dtype: torch.dtype) -> None:
 
 
 def attention(dtype: torch.dtype) -> None:
+    heads, kv_heads = 32, 1  # many queries a key: the largest tile
     for width in (64, 96, 128, 256):
-        for heads, kv_heads in ((32, 32), (32, 1)):
-            cache = some(10, 16, 2, kv_heads, width, dtype=dtype)
-            keys, values = cache[:, :, 0], cache[:, :, 1]
-            lens, tables = some(4, dtype=torch.int32), some(4, 8, dtype=torch.int32)
-            starts = some(5, dtype=torch.int32)
-            for limits in ({}, {"window": 1024, "softcap": 30.0}):
-                for tokens in (4, attention_prefill.LARGE // heads):
-                    note(dtype, "heads", (heads, kv_heads), "of", width, "tokens", tokens, limits)
-                    q = some(tokens, heads, width, dtype=dtype)
-                    attention_prefill.prefill_attention(q, keys, values, starts, lens, tables, 0.1, **limits)
-                attention_decode.decode_attention(q[:4], keys, values, lens, tables, 0.1, **limits)
+        cache = some(10, 16, 2, kv_heads, width, dtype=dtype)
+        keys, values = cache[:, :, 0], cache[:, :, 1]
+        lens, tables = some(4, dtype=torch.int32), some(4, 8, dtype=torch.int32)
+        starts = some(5, dtype=torch.int32)
+        for limits in ({}, {"window": 1024, "softcap": 30.0}):
+            for tokens in (4, attention_prefill.LARGE // heads):
+                note(dtype, "heads", (heads, kv_heads), "of", width, "tokens", tokens, limits)
+                q = some(tokens, heads, width, dtype=dtype)
+                attention_prefill.prefill_attention(q, keys, values, starts, lens, tables, 0.1, **limits)
+            attention_decode.decode_attention(q[:4], keys, values, lens, tables, 0.1, **limits)
 
 
 def mixture(dtype: torch.dtype) -> None:
