@@ -6,7 +6,9 @@ Signatures are those of reference.py.  Knows which kernel serves which shape; ea
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -139,12 +141,33 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of q [T, Hq, E] over the pages of each token's own sequence -> [T, Hq * E].
 
+    Where a step has decodes and prompts, the prompts' kernel runs on a stream beside the decodes': one multiplies while
+    the other reads.  It joins before this returns.
     window: a token sees so many, itself included.  softcap: scores become softcap * tanh(score / softcap).
     """
     assert isinstance(plan, StepPlan)
     keys, values = pairs[:, :, 0], pairs[:, :, 1]
     starts, lens, tables, decodes = plan.query_starts, plan.context_lens, plan.block_tables, plan.decodes
     out = q.new_empty(q.shape)
+    here = beside = None
+    if q.is_cuda and 0 < decodes < len(lens) and not _early(q):
+        here, beside = torch.cuda.current_stream(q.device), _side_stream(q.device)
+        beside.wait_stream(here)
+    if decodes < len(lens):
+        with torch.cuda.stream(beside):
+            prefill_attention(
+                q,
+                keys,
+                values,
+                starts[decodes:],
+                lens[decodes:],
+                tables[decodes:],
+                scale,
+                out,
+                window=window,
+                softcap=softcap,
+                early=_early(q),
+            )
     if decodes:
         tasks = plan.tasks.get(window)
         if tasks is None:
@@ -160,23 +183,18 @@ def paged_attention(
             out[:decodes],
             window=window,
             softcap=softcap,
+            # Of a mixed step the rows behind the last decode are the first prompt's.
+            zeros=decodes == len(lens),
             early=_early(q),
         )
-    if decodes < len(lens):
-        prefill_attention(
-            q,
-            keys,
-            values,
-            starts[decodes:],
-            lens[decodes:],
-            tables[decodes:],
-            scale,
-            out,
-            window=window,
-            softcap=softcap,
-            early=_early(q),
-        )
+    if here is not None and beside is not None:
+        here.wait_stream(beside)
     return out.view(q.shape[0], -1)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
