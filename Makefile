@@ -65,7 +65,7 @@ bench: $(VENV)/.test    ## the front end alone, one step, and the whole server; 
 	@$(BIN)/python bench/serve.py
 
 GPU_SERVE := --load-format dummy --no-enable-prefix-caching
-GPU_LOAD := --rounds 1 --input-len 512 --output-len 128 --ping
+GPU_LOAD := --rounds 1 --each 8 --input-len 512 --output-len 128 --ping
 
 bench-gpu:              ## steps and the whole server on a GPU, random weights of three sizes; a few minutes
 	@for model in llama-1b llama-8b smollm-135m; do \

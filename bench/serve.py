@@ -312,8 +312,9 @@ def main() -> None:
     parser.add_argument("--concurrency", default="1,4,16")
     parser.add_argument("--rate", type=float, help="send at this many requests a second (Poisson) instead")
     parser.add_argument(
-        "--requests", type=int, default=0, help="requests a round; by default 4 per concurrency, 8 at least"
+        "--requests", type=int, default=0, help="requests a round; by default --each per concurrency, 8 at least"
     )
+    parser.add_argument("--each", type=int, default=4, help="requests a round for each at a time; few: the ends weigh")
     parser.add_argument("--rounds", type=int, default=2, help="rounds for each server, interleaved A B B A")
     parser.add_argument("--words", type=int, default=100, help="words of a prompt (about 1.2 tokens each)")
     parser.add_argument("--input-len", type=int, help="prompts of exactly so many random token ids in place of words")
@@ -345,7 +346,7 @@ def main() -> None:
             command += ["--interrupt_requests", "false"]  # by default a newcomer cuts the answer before it short
             targets.append(stack.enter_context(running("llama-cpp-python", command, port, "/v1/models")))
         for concurrency in map(int, args.concurrency.split(",")):
-            count = args.requests or max(8, 4 * concurrency)
+            count = args.requests or max(8, args.each * concurrency)
             load = Load(
                 concurrency, count, args.words, args.output_len, args.rate, args.input_len, args.vocab_size, args.ping
             )
