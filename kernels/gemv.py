@@ -18,30 +18,15 @@ waits: so weights must be older than the kernel ahead.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vserve.kernels.early import await_inputs, options
+from vserve.kernels.gemv_shapes import Shape, matrix_shape, on_vectors, padded, vector_shape
 
 MAX_ROWS = 64
-SMALL = 1 << 24
-"""Numbers of a weight up to which two rows of x are better off without the matrix units."""
-
-WIDE = 1 << 14
-"""Outputs from which a program takes many: fewer would not keep the chip busy."""
-
-
-class Shape(NamedTuple):
-    """What one program reads at a time: rows x width of the weights; warps and pipeline stages."""
-
-    rows: int
-    width: int
-    warps: int
-    stages: int
 
 
 @triton.jit
@@ -297,25 +282,6 @@ def _launch(
     return y
 
 
-def on_vectors(rows: int, num_out: int, width: int) -> bool:
-    """True where plain products beat the matrix units, for x [rows, K] and weight [N, K]: there a norm is free too."""
-    return rows == 1 or (rows == 2 and num_out * width <= SMALL)
-
-
-def vector_shape(rows: int, num_out: int, width: int) -> Shape:
-    """The shape of the work on vectors for weight [N, K], as measured on an H100."""
-    if rows == 2:
-        return Shape(2 if num_out * width < SMALL else 1, min(1024, triton.next_power_of_2(width)), 4, 1)
-    if width <= 1024:
-        return Shape(2, 128, 1, 1) if num_out > 16384 else Shape(2, triton.next_power_of_2(width), 4, 1)
-    return Shape(1, 1024, 4, 1)
-
-
-def padded(rows: int) -> int:
-    """Rows of x as the matrix units take them."""
-    return 16 if rows <= 16 else 32 if rows <= 32 else 64
-
-
 def _shape(rows: int, weight: Tensor, *, gated: bool, vector: bool) -> Shape:
     num_out, width = weight.shape
     if vector:
@@ -326,14 +292,3 @@ def _shape(rows: int, weight: Tensor, *, gated: bool, vector: bool) -> Shape:
     if gated and weight.element_size() > 2:
         return shape._replace(stages=min(shape.stages, 3))  # for the same reason
     return shape
-
-
-def matrix_shape(rows: int, num_out: int, width: int, *, gated: bool) -> Shape:
-    """The shape of the work on the matrix units for x [M, K] and a weight [N, K], as measured on an H100."""
-    if width <= 1024:
-        return Shape(16, 128, 1, 6)
-    if rows <= 16:
-        return Shape(16, 256, 2, 4) if width < 2048 else Shape(32, 256, 4, 4)
-    if num_out >= WIDE:
-        return Shape(128, 128, 4, 4) if num_out >= 4 * WIDE and not gated else Shape(64, 128, 4, 4)
-    return Shape(32 if num_out > 2048 else 16, 256, 4, 4 if rows <= 32 else 3)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vserve.kernels import reference_gpu
-from vserve.kernels.gemv import Shape, gated_gemv, gemv
+from vserve.kernels.gemv import gated_gemv, gemv
+from vserve.kernels.gemv_shapes import Shape
 
 Check = Callable[[Tensor, Tensor], None]
 GPU = torch.cuda.is_available()
