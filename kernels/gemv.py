@@ -142,6 +142,13 @@ def _weights(row_ptr, k, K: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _rows(x_ptr, x_stride, m, k, num_rows, K: tl.constexpr):
+    # -> [BLOCK_M, BLOCK_K], zeros past the last row
+    mask = (m < num_rows)[:, None] & (k < K)[None, :]
+    return tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def _matrix(
     x_ptr,  # [M, K], rows x_stride apart
     weight_ptr,  # [N, K], gated [2 F, K]
@@ -162,6 +169,7 @@ def _matrix(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,  # 0 with HAS_NORM
     EARLY: tl.constexpr,
 ):
     m = tl.arange(0, BLOCK_M)
@@ -170,14 +178,23 @@ def _matrix(
     row = tl.minimum(n, num_out - 1).to(tl.int64)[:, None] * K
     other = row + num_out.to(tl.int64) * K
     EVEN: tl.constexpr = K % BLOCK_K == 0
+    # Kept in registers until the end, so that the loop's first loads follow the wait at once.
+    w_ahead = ()
+    v_ahead = ()
+    for i in tl.static_range(AHEAD):
+        w_ahead = w_ahead + (_weights(weight_ptr + row, i * BLOCK_K + k, K, EVEN),)
+        if GATED:
+            v_ahead = v_ahead + (_weights(weight_ptr + other, i * BLOCK_K + k, K, EVEN),)
     await_inputs(EARLY)
+    x_ahead = ()
+    for i in tl.static_range(AHEAD):
+        x_ahead = x_ahead + (_rows(x_ptr, x_stride, m, i * BLOCK_K + k, num_rows, K),)
     first = tl.zeros([BLOCK_M, ROWS], tl.float32)
     second = tl.zeros([BLOCK_M, ROWS], tl.float32)
     squares = tl.zeros([BLOCK_M], tl.float32)
-    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+    for start in tl.range(AHEAD * BLOCK_K, K, BLOCK_K, num_stages=STAGES):
         at = start + k
-        mask = (m < num_rows)[:, None] & (at < K)[None, :]
-        x = tl.load(x_ptr + m[:, None] * x_stride + at[None, :], mask=mask, other=0.0)
+        x = _rows(x_ptr, x_stride, m, at, num_rows, K)
         if HAS_NORM:
             wide = x.to(tl.float32)
             squares += tl.sum(wide * wide, axis=1)
@@ -188,6 +205,10 @@ def _matrix(
         if GATED:
             v = _weights(weight_ptr + other, at, K, EVEN)
             second = tl.dot(x, tl.trans(v), second, input_precision="ieee")
+    for i in tl.static_range(AHEAD):
+        first = tl.dot(x_ahead[i], tl.trans(w_ahead[i]), first, input_precision="ieee")
+        if GATED:
+            second = tl.dot(x_ahead[i], tl.trans(v_ahead[i]), second, input_precision="ieee")
     scale = tl.rsqrt(squares / K + eps)[:, None]
     valid = (m < num_rows)[:, None] & (n < num_out)[None, :]
     y = first
@@ -274,10 +295,10 @@ def _launch(
             early, **options(shape.warps, early),
         )  # fmt: skip
     else:
+        ahead = 0 if flags[0] else min(shape.ahead, width // shape.width)
         _matrix[grid](
             x, weight, norm, bias, residual, y, rows, num_out, x.stride(0), eps, width, *flags,
-            padded(rows), shape.rows, shape.width, shape.stages, early,
-            **options(shape.warps, early),
+            padded(rows), shape.rows, shape.width, shape.stages, ahead, early, **options(shape.warps, early),
         )  # fmt: skip
     return y
 
@@ -289,6 +310,4 @@ def _shape(rows: int, weight: Tensor, *, gated: bool, vector: bool) -> Shape:
     if rows > 16 and weight.element_size() > 2:
         return Shape(16, 128, 4, 2)  # the others would not fit a multiprocessor's memory
     shape = matrix_shape(rows, num_out, width, gated=gated)
-    if gated and weight.element_size() > 2:
-        return shape._replace(stages=min(shape.stages, 3))  # for the same reason
-    return shape
+    return shape._replace(width=shape.width // 2) if weight.element_size() > 2 else shape  # for the same reason

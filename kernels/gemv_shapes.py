@@ -15,13 +15,22 @@ WIDE = 1 << 14
 """Outputs from which a program takes many: fewer would not keep the chip busy."""
 
 
+MULTIPROCESSORS = 132
+"""Of an H100.  Up to 32 rows there is at most one program for each, unless the weight is large, and a program takes so
+much memory that two do not fit: launched early, they would else crowd where the kernel ahead ends first."""
+
+
 class Shape(NamedTuple):
-    """What one program reads at a time: rows x width of the weights; warps and pipeline stages."""
+    """What one program reads at a time: rows x width of the weights; warps and pipeline stages.
+
+    ahead: so many tiles are asked for before the wait of a kernel that is launched early; on the matrix units only.
+    """
 
     rows: int
     width: int
     warps: int
     stages: int
+    ahead: int = 0
 
 
 def on_vectors(rows: int, num_out: int, width: int) -> bool:
@@ -48,7 +57,23 @@ def matrix_shape(rows: int, num_out: int, width: int, *, gated: bool) -> Shape:
     if width <= 1024:
         return Shape(16, 128, 1, 6)
     if rows <= 16:
-        return Shape(16, 256, 2, 4) if width < 2048 else Shape(32, 256, 4, 4)
+        return _few_rows(num_out, width, gated=gated)
     if num_out >= WIDE:
         return Shape(128, 128, 4, 4) if num_out >= 4 * WIDE and not gated else Shape(64, 128, 4, 4)
-    return Shape(32 if num_out > 2048 else 16, 256, 4, 4 if rows <= 32 else 3)
+    if rows > 32:
+        return Shape(32 if num_out > 2048 else 16, 256, 4, 3)
+    if num_out <= 16 * MULTIPROCESSORS:
+        return Shape(16, 256, 4, 6)
+    return Shape(32, 256, 4, 5) if num_out <= 32 * MULTIPROCESSORS or gated else Shape(64, 128, 4, 6, ahead=1)
+
+
+def _few_rows(num_out: int, width: int, *, gated: bool) -> Shape:
+    if width < 2048:
+        return Shape(16, 256, 2, 4)
+    if gated:
+        return Shape(64, 128, 8, 5) if num_out // 2 <= 64 * MULTIPROCESSORS else Shape(32, 256, 4, 4)
+    if num_out <= 16 * MULTIPROCESSORS:
+        return Shape(16, 512, 4, 5)
+    if num_out <= 32 * MULTIPROCESSORS:
+        return Shape(32, 256, 4, 6, ahead=1)
+    return Shape(64, 256, 4, 4, ahead=1) if num_out < WIDE else Shape(64, 128, 4, 4, ahead=1)

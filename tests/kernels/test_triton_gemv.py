@@ -76,6 +76,18 @@ def test_a_gated_product_is_the_float64_one(
     close(out, reference_gpu.gated_gemv(wide(x), wide(weight), norm=wide(norm), eps=EPS, bias=wide(bias)))
 
 
+@pytest.mark.parametrize("ahead", [1, 2, 9])
+@pytest.mark.parametrize("width", [512, 300])
+def test_weights_asked_for_ahead_are_used_once(
+    ahead: int, width: int, device: torch.device, random: torch.Generator, close: Check
+) -> None:
+    x = torch.randn(5, width, generator=random).to(device)
+    weight = torch.randn(42, width, generator=random).to(device) / width**0.5
+    shape = Shape(16, 128, 4, 2, ahead)
+    close(gemv(x, weight, shape=shape), reference_gpu.gemv(wide(x), wide(weight)))
+    close(gated_gemv(x, weight, shape=shape), reference_gpu.gated_gemv(wide(x), wide(weight)))
+
+
 @pytest.mark.parametrize("shape", [Shape(4, 32, 1, 1), Shape(8, 128, 2, 1)])
 def test_any_shape_of_the_work_gives_the_same_product(
     shape: Shape, device: torch.device, random: torch.Generator, close: Check
