@@ -16,13 +16,14 @@ from vserve.kernels import activation as _activation
 from vserve.kernels import dispatch, early, norm, rope
 from vserve.kernels.attention_decode import DecodePlan, decode_attention, plan_tasks
 from vserve.kernels.attention_prefill import prefill_attention
-from vserve.kernels.gemv import gated_gemv, gemv
+from vserve.kernels.gemv import Normed, gated_gemv, gemv, gemv_then_norm
 from vserve.kernels.gemv_shapes import on_vectors
 from vserve.kernels.rope import split_qkv
 from vserve.kernels.sampling import bias_and_ban, count_tokens, penalise, sample, token_logprobs
 
 __all__ = [
     "DecodePlan",
+    "Normed",
     "StepPlan",
     "activate",
     "add_layer_norm",
@@ -35,6 +36,7 @@ __all__ = [
     "gemv",
     "layer_norm",
     "linear",
+    "linear_then_norm",
     "norm_gated_linear",
     "norm_linear",
     "paged_attention",
@@ -205,8 +207,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     return y if residual is None else y.add_(residual)
 
 
-def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_then_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, following: Tensor
+) -> tuple[Tensor, Tensor | Normed]:
+    """linear(x, weight, bias, residual) [M, N], and what norm_linear and norm_gated_linear of following [L, N] take.
+
+    That is the sum itself where its norm is a kernel of its own, or part of what reads following.
+    """
+    rows = x.shape[0]
+    if x.dtype != torch.float16 and _on_matrix_units(rows, weight) and _on_matrix_units(rows, following):
+        return gemv_then_norm(x, weight, norm_weight, bias=bias, residual=residual, early=_early(x))
+    y = linear(x, weight, bias, residual)
+    return y, y
+
+
+def norm_linear(
+    x: Tensor | Normed, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
     """linear(rms_norm(x [M, K], norm_weight [K], eps), weight [N, K], bias [N]) -> [M, N]."""
+    if isinstance(x, Normed):
+        return gemv(x, weight, eps=eps, bias=bias, early=_early(x.x))
     shape = (x.shape[0], weight.shape[0], weight.shape[1])
     if on_vectors(*shape) and dispatch.use_gemv(*shape, x.device):
         return gemv(x, weight, norm=norm_weight, eps=eps, bias=bias, early=_early(x))
@@ -214,14 +234,21 @@ def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias
     return linear(rms_norm(x, norm_weight, eps), weight, bias)
 
 
-def norm_gated_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor:
+def norm_gated_linear(x: Tensor | Normed, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor:
     """silu_mul(linear(rms_norm(x [M, K], norm_weight [K], eps), weight [2F, K])) -> [M, F]."""
+    if isinstance(x, Normed):
+        return gated_gemv(x, weight, eps=eps, early=_early(x.x))
     shape = (x.shape[0], weight.shape[0], weight.shape[1])
     if dispatch.use_gemv(*shape, x.device):
         if on_vectors(*shape):
             return gated_gemv(x, weight, norm=norm_weight, eps=eps, early=_early(x))
         return gated_gemv(rms_norm(x, norm_weight, eps), weight, early=_early(x))
     return silu_mul(functional.linear(rms_norm(x, norm_weight, eps), weight))
+
+
+def _on_matrix_units(rows: int, weight: Tensor) -> bool:
+    shape = (rows, weight.shape[0], weight.shape[1])
+    return dispatch.use_gemv(*shape, weight.device) and not on_vectors(*shape)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -5,7 +5,8 @@
     gated: y[m, f] = silu(y'[m, f]) * y'[m, F + f],  y' the above over weight [2F, K]
 
 x [M, K], 1 <= M <= MAX_ROWS; weight [N, K] contiguous; y [M, N] (gated: [M, F]); bf16, fp16 or fp32, accumulated in
-float32.  The RMS norm costs no pass of its own: its scale leaves the sum, and the squares are added beside the product.
+float32.  The RMS norm costs no pass of its own: its scale leaves the sum, and the squares are added beside the product,
+or, where the matrix units multiply, by the product that made x (``gemv_then_norm``), with the norm's weights.
 
 At these sizes the time is that of reading the weights.  One row of x (two, of a small weight): a program takes a weight
 row or two, products in plain registers.  More: the rows of x are padded to 16, 32 or 64 and go through the matrix
@@ -17,6 +18,8 @@ waits: so weights must be older than the kernel ahead.
 # ruff: noqa: RUF005
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -153,19 +156,27 @@ def _matrix(
     x_ptr,  # [M, K], rows x_stride apart
     weight_ptr,  # [N, K], gated [2 F, K]
     norm_ptr,  # [K]
+    parts_ptr,  # [M, P] float32, read with HAS_PARTS
     bias_ptr,  # [N] or [2 F]
     residual_ptr,  # [M, N] contiguous
     y_ptr,  # [M, N] or [M, F] contiguous
+    next_norm_ptr,  # [N], read with FOLLOWED
+    next_ptr,  # [M, N] contiguous, written with FOLLOWED
+    next_parts_ptr,  # [M, programs] float32, written with FOLLOWED
     num_rows,  # M
     num_out,  # N, gated F
+    num_parts,  # P
     x_stride,
     eps,
     K: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    HAS_PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    FOLLOWED: tl.constexpr,
     GATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
@@ -192,6 +203,10 @@ def _matrix(
     first = tl.zeros([BLOCK_M, ROWS], tl.float32)
     second = tl.zeros([BLOCK_M, ROWS], tl.float32)
     squares = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_PARTS:
+        p = tl.arange(0, BLOCK_PARTS)
+        mask = (m < num_rows)[:, None] & (p < num_parts)[None, :]
+        squares = tl.sum(tl.load(parts_ptr + m[:, None] * num_parts + p[None, :], mask=mask, other=0.0), axis=1)
     for start in tl.range(AHEAD * BLOCK_K, K, BLOCK_K, num_stages=STAGES):
         at = start + k
         x = _rows(x_ptr, x_stride, m, at, num_rows, K)
@@ -212,13 +227,13 @@ def _matrix(
     scale = tl.rsqrt(squares / K + eps)[:, None]
     valid = (m < num_rows)[:, None] & (n < num_out)[None, :]
     y = first
-    if HAS_NORM:
+    if HAS_NORM or HAS_PARTS:
         y *= scale
     if HAS_BIAS:
         y += tl.load(bias_ptr + n, mask=n < num_out, other=0.0).to(tl.float32)[None, :]
     if GATED:
         up = second
-        if HAS_NORM:
+        if HAS_NORM or HAS_PARTS:
             up *= scale
         if HAS_BIAS:
             up += tl.load(bias_ptr + num_out + n, mask=n < num_out, other=0.0).to(tl.float32)[None, :]
@@ -226,11 +241,29 @@ def _matrix(
     to = m.to(tl.int64)[:, None] * num_out + n[None, :]
     if HAS_RESIDUAL:
         y += tl.load(residual_ptr + to, mask=valid, other=0.0).to(tl.float32)
-    tl.store(y_ptr + to, y.to(y_ptr.dtype.element_ty), mask=valid)
+    stored = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + to, stored, mask=valid)
+    if FOLLOWED:
+        # The norm is of the sum as it is stored: later layers must see the same numbers.
+        wide = tl.where(valid, stored.to(tl.float32), 0.0)
+        norm = tl.load(next_norm_ptr + n, mask=n < num_out, other=0.0).to(tl.float32)
+        tl.store(next_ptr + to, (wide * norm[None, :]).to(next_ptr.dtype.element_ty), mask=valid)
+        place = next_parts_ptr + m * tl.num_programs(0) + tl.program_id(0)
+        tl.store(place, tl.sum(wide * wide, axis=1), mask=m < num_rows)
+
+
+class Normed(NamedTuple):
+    """rms_norm(y) but for its scale, a number for each row: the next product applies that to its sums.
+
+    x [M, K]: y times the norm's weights.  parts [M, P] float32: they add up to the sum of a row's squares of y.
+    """
+
+    x: Tensor
+    parts: Tensor
 
 
 def gemv(
-    x: Tensor,
+    x: Tensor | Normed,
     weight: Tensor,
     *,
     norm: Tensor | None = None,
@@ -242,13 +275,35 @@ def gemv(
 ) -> Tensor:
     """x [M, K] times weight [N, K], with what is given of norm [K], bias [N], residual [M, N] -> a new [M, N].
 
-    1 <= M <= MAX_ROWS.  shape overrides the measured choice.
+    1 <= M <= MAX_ROWS.  x may be what ``gemv_then_norm`` made, for M that is not on_vectors; eps is its norm's then.
+    shape overrides the measured choice.
     """
-    return _launch(x, weight, norm, eps, bias, residual, gated=False, early=early, shape=shape)
+    return _launch(x, weight, norm, eps, bias, residual, None, gated=False, early=early, shape=shape)[0]
+
+
+def gemv_then_norm(
+    x: Tensor | Normed,
+    weight: Tensor,
+    next_norm: Tensor,
+    *,
+    eps: float = 0.0,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    early: bool = False,
+    shape: Shape | None = None,
+) -> tuple[Tensor, Normed]:
+    """gemv's [M, N] and, for the product behind the norm of weight next_norm [N], what spares it that norm.
+
+    For M that is not on_vectors.  Its x is not scaled yet: float16, whose range is short, may overflow where a norm's
+    result would not.
+    """
+    y, normed = _launch(x, weight, None, eps, bias, residual, next_norm, gated=False, early=early, shape=shape)
+    assert normed is not None
+    return y, normed
 
 
 def gated_gemv(
-    x: Tensor,
+    x: Tensor | Normed,
     weight: Tensor,
     *,
     norm: Tensor | None = None,
@@ -258,21 +313,23 @@ def gated_gemv(
     shape: Shape | None = None,
 ) -> Tensor:
     """silu(gate) * up -> a new [M, F], for gate and up stacked in weight [2F, K]; the rest as in gemv."""
-    return _launch(x, weight, norm, eps, bias, None, gated=True, early=early, shape=shape)
+    return _launch(x, weight, norm, eps, bias, None, None, gated=True, early=early, shape=shape)[0]
 
 
 def _launch(
-    x: Tensor,
+    given: Tensor | Normed,
     weight: Tensor,
     norm: Tensor | None,
     eps: float,
     bias: Tensor | None,
     residual: Tensor | None,
+    next_norm: Tensor | None,
     *,
     gated: bool,
     early: bool,
     shape: Shape | None,
-) -> Tensor:
+) -> tuple[Tensor, Normed | None]:
+    x, parts = given if isinstance(given, Normed) else (given, None)
     rows, width = x.shape
     assert 1 <= rows <= MAX_ROWS
     assert x.stride(1) == 1
@@ -284,23 +341,32 @@ def _launch(
     vector = on_vectors(rows, weight.shape[0], width)
     if shape is None:
         shape = _shape(rows, weight, gated=gated, vector=vector)
-    flags = (norm is not None, bias is not None, residual is not None, gated)
-    norm = x if norm is None else norm
+    programs = triton.cdiv(num_out, shape.rows)
+    tail = (bias is not None, residual is not None)
     bias = x if bias is None else bias
     residual = x if residual is None else residual
-    grid = (triton.cdiv(num_out, shape.rows),)
     if vector:
-        _vector[grid](
-            x, weight, norm, bias, residual, y, num_out, x.stride(0), eps, rows, width, *flags, shape.rows, shape.width,
-            early, **options(shape.warps, early),
+        assert parts is None
+        assert next_norm is None
+        _vector[(programs,)](
+            x, weight, x if norm is None else norm, bias, residual, y, num_out, x.stride(0), eps, rows, width,
+            norm is not None, *tail, gated, shape.rows, shape.width, early, **options(shape.warps, early),
         )  # fmt: skip
-    else:
-        ahead = 0 if flags[0] else min(shape.ahead, width // shape.width)
-        _matrix[grid](
-            x, weight, norm, bias, residual, y, rows, num_out, x.stride(0), eps, width, *flags,
-            padded(rows), shape.rows, shape.width, shape.stages, ahead, early, **options(shape.warps, early),
-        )  # fmt: skip
-    return y
+        return y, None
+    normed = None
+    if next_norm is not None:
+        made = torch.empty((rows, programs), dtype=torch.float32, device=x.device)
+        normed = Normed(torch.empty_like(y), made)
+    num_parts = 1 if parts is None else parts.shape[1]
+    ahead = 0 if norm is not None else min(shape.ahead, width // shape.width)
+    _matrix[(programs,)](
+        x, weight, x if norm is None else norm, x if parts is None else parts, bias, residual, y,
+        x if next_norm is None else next_norm, *((y, y) if normed is None else normed), rows, num_out, num_parts,
+        x.stride(0), eps, width, norm is not None, parts is not None, *tail, next_norm is not None, gated,
+        padded(rows), triton.next_power_of_2(num_parts), shape.rows, shape.width, shape.stages, ahead, early,
+        **options(shape.warps, early),
+    )  # fmt: skip
+    return y, normed
 
 
 def _shape(rows: int, weight: Tensor, *, gated: bool, vector: bool) -> Shape:
