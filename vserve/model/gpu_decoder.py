@@ -3,7 +3,8 @@
 Few rows: the norm before a product and the residual after it are part of kernels that read the weights once.  More:
 cuBLAS, with the residual as its accumulator.  Which, is asked of kernels.dispatch by shape; nothing here reads a value,
 so the same Python captures the same kernels for every batch of a shape.  The fused forms are those of a model whose
-RMS norms lead to plain layers and a dense MLP gated by SiLU; any other runs operation by operation, as on a CPU.
+RMS norms lead to plain layers and to MLPs gated by SiLU, dense or of experts; any other runs operation by operation, as
+on a CPU.
 One thread, one stream at a time, which attention may fork and joins again.
 """
 
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vserve.kernels import cuda, dispatch
+from vserve.kernels import cuda, dispatch, moe
 from vserve.kernels.cuda import Normed, StepPlan
 from vserve.model.config import Activation, ModelConfig
 from vserve.model.decoder import Decoder
+from vserve.model.experts import Experts
+from vserve.model.gpu_experts import GpuExperts
 from vserve.model.gpu_linear import QUANTISED, GpuLinear
 from vserve.model.layers import Block, Embedding, Mlp, Norm, Positions
 from vserve.model.linear import Linear, PlainLinear
@@ -27,6 +30,14 @@ from vserve.model.ops import KvCache, Step
 
 _FUSED = (PlainLinear, *QUANTISED)
 """Layers that have forms with a norm before them and a sum behind."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Dense:
+    """An MLP in the form that can be fused."""
+
+    gate_up: PlainLinear | GpuLinear
+    down: PlainLinear | GpuLinear
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,8 +49,7 @@ class _Layer:
     next_linear: PlainLinear | GpuLinear  # which reads what that norm gives
     qkv: PlainLinear | GpuLinear
     output: PlainLinear | GpuLinear
-    gate_up: PlainLinear | GpuLinear
-    down: PlainLinear | GpuLinear
+    mlp: _Dense | GpuExperts
 
 
 class GpuDecoder(Decoder):
@@ -99,15 +109,15 @@ class GpuDecoder(Decoder):
         residual = self._embedding(ids)
         summed: Tensor | Normed = residual
         for number, (layer, pair) in enumerate(zip(layers, pairs, strict=True)):
-            block, qkv, gate_up = layer.block, layer.qkv, layer.gate_up
-            x = norm_linear(summed, block.attention_norm.weight, eps, qkv)
+            block, mlp = layer.block, layer.mlp
+            x = norm_linear(summed, block.attention_norm.weight, eps, layer.qkv)
             q = cuda.rope_and_write(x, pair, plan, block.q_norm, block.k_norm, eps, block.rotation)
             x = cuda.paged_attention(q, pair, plan, self._scale, block.window)
             if number == last and logit_rows is not None:  # what follows is wanted of these rows only
                 x, residual = x.index_select(0, logit_rows), residual.index_select(0, logit_rows)
-            residual, summed = add_linear(x, layer.output, residual, block.mlp_norm.weight, gate_up)
-            x = norm_gated_linear(summed, block.mlp_norm.weight, eps, gate_up)
-            residual, summed = add_linear(x, layer.down, residual, layer.next_norm, layer.next_linear)
+            inner = mlp.gate_up if isinstance(mlp, _Dense) else None
+            residual, summed = add_linear(x, layer.output, residual, block.mlp_norm.weight, inner)
+            residual, summed = _add_mlp(residual, summed, eps, layer)
         return norm_linear(summed, norm.weight, eps, head)
 
 
@@ -130,10 +140,14 @@ def norm_gated_linear(x: Tensor | Normed, norm: Tensor, eps: float, linear: Plai
 
 
 def add_linear(
-    x: Tensor, linear: PlainLinear | GpuLinear, residual: Tensor, norm: Tensor, following: PlainLinear | GpuLinear
+    x: Tensor,
+    linear: PlainLinear | GpuLinear,
+    residual: Tensor,
+    norm: Tensor,
+    following: PlainLinear | GpuLinear | None,
 ) -> tuple[Tensor, Tensor | Normed]:
     """residual [M, N] + linear(x [M, K]), and what norm_linear of norm [N] and following takes; residual is undefined
-    afterwards.
+    afterwards.  following: None where several layers read the norm.
     """
     if not isinstance(linear, PlainLinear):
         y = linear.added(x, residual)
@@ -150,6 +164,27 @@ def add_linear(
     return y, y
 
 
+def add_experts(residual: Tensor, norm: Tensor, eps: float, experts: GpuExperts) -> Tensor:
+    """residual [M, D] + the mixture of rms_norm(residual, norm, eps); residual is undefined afterwards."""
+    router = experts.router
+    if 0 < residual.shape[0] <= moe.FEW_TOKENS:
+        assert isinstance(router, _FUSED)
+        scores = norm_linear(residual, norm, eps, router)
+        added = experts.add_to(residual, norm, eps, scores)
+        return experts.add(cuda.rms_norm(residual, norm, eps), scores, residual) if added is None else added
+    x = cuda.rms_norm(residual, norm, eps)
+    return experts.add(x, router(x), residual)
+
+
+def _add_mlp(residual: Tensor, summed: Tensor | Normed, eps: float, layer: _Layer) -> tuple[Tensor, Tensor | Normed]:
+    norm, mlp = layer.block.mlp_norm.weight, layer.mlp
+    if isinstance(mlp, GpuExperts):
+        residual = add_experts(residual, norm, eps, mlp)
+        return residual, residual
+    x = norm_gated_linear(summed, norm, eps, mlp.gate_up)
+    return add_linear(x, mlp.down, residual, layer.next_norm, layer.next_linear)
+
+
 def _fused(
     config: ModelConfig, blocks: Sequence[Block], norm: Norm | None, head: Linear
 ) -> tuple[tuple[_Layer, ...], Norm, PlainLinear | GpuLinear] | None:
@@ -162,12 +197,19 @@ def _fused(
     layers: list[_Layer] = []
     following, its_norm = head, norm.weight
     for block in reversed(blocks):
-        mlp = block.mlp
-        if not isinstance(mlp, Mlp) or block.attention_norm.bias is not None:
+        mlp = _fused_mlp(block.mlp)
+        if mlp is None or block.attention_norm.bias is not None:
             return None
-        parts = [part for part in (block.qkv, block.output, mlp.up, mlp.down) if isinstance(part, _FUSED)]
-        if len(parts) != 4:
+        if not isinstance(block.qkv, _FUSED) or not isinstance(block.output, _FUSED):
             return None
-        layers.append(_Layer(block, its_norm, following, *parts))
-        following, its_norm = parts[0], block.attention_norm.weight
+        layers.append(_Layer(block, its_norm, following, block.qkv, block.output, mlp))
+        following, its_norm = block.qkv, block.attention_norm.weight
     return tuple(reversed(layers)), norm, head
+
+
+def _fused_mlp(mlp: Mlp | Experts) -> _Dense | GpuExperts | None:
+    if isinstance(mlp, GpuExperts):
+        return mlp if isinstance(mlp.router, _FUSED) else None
+    if isinstance(mlp, Mlp) and isinstance(mlp.up, _FUSED) and isinstance(mlp.down, _FUSED):
+        return _Dense(mlp.up, mlp.down)
+    return None
