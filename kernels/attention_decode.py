@@ -188,6 +188,7 @@ def _reduce(
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_MOST: tl.constexpr,
     TILE: tl.constexpr,
+    ZEROS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     await_inputs(EARLY)
@@ -200,7 +201,8 @@ def _reduce(
     e = tl.arange(0, BLOCK_WIDTH)
     to = out_ptr + row * out_stride + head * WIDTH + e
     if count == 0:
-        tl.store(to, tl.zeros([BLOCK_WIDTH], out_ptr.dtype.element_ty), mask=e < WIDTH)
+        if ZEROS:
+            tl.store(to, tl.zeros([BLOCK_WIDTH], out_ptr.dtype.element_ty), mask=e < WIDTH)
         return
     j = tl.arange(0, BLOCK_MOST)
     stats = stats_ptr + ((first + j).to(tl.int64) * HEADS + head) * 2
@@ -266,12 +268,14 @@ def decode_attention(
     *,
     window: int | None = None,
     softcap: float | None = None,
+    zeros: bool = True,
     early: bool = False,
 ) -> Tensor:
     """Attention of q [R, Hq, E], one token a row, over context_lens [R] keys of block_tables [R, M] -> [R, Hq, E].
 
     plan: from plan_tasks of the same context_lens and window; made here when absent.  out: written in place of a new
-    tensor.  Each row of q and out is contiguous, rows may be any distance apart.
+    tensor.  zeros: rows of length 0 get zeros; else their outputs are left alone.  Each row of q and out is contiguous,
+    rows may be any distance apart.
     """
     rows, heads, width = q.shape
     block_size, kv_heads = key_cache.shape[1], key_cache.shape[2]
@@ -337,6 +341,7 @@ def decode_attention(
         block_width,
         most,
         8,
+        zeros,
         early,
         **options(1, early),
     )

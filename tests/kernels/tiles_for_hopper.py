@@ -33,7 +33,7 @@ def measure(name: str, what: ASTSource, options: dict[str, object]) -> None:
 
 catch(measure)
 
-from vserve.kernels import attention_decode, attention_prefill, experts, gemv, grouped  # noqa: E402
+from vserve.kernels import attention_decode, attention_prefill, experts, gemv, gemv_shapes, grouped  # noqa: E402
 from vserve.kernels.grouped_shapes import MEASURED  # noqa: E402
 from vserve.kernels.moe_packed import new_stack  # noqa: E402
 from vserve.kernels.packed import Form, Packed  # noqa: E402
@@ -42,7 +42,7 @@ from vserve.kernels.route import Routes  # noqa: E402
 grouped._asm = lambda x: x.dtype != torch.float32  # what is measured lies on a CPU here
 
 WIDTHS = (576, 1536, 4096)
-OUTPUTS = (960, 4096, gemv.WIDE, 4 * gemv.WIDE)
+OUTPUTS = (960, 4096, gemv_shapes.WIDE, 4 * gemv_shapes.WIDE)
 SIZES = ((960, 576), *sorted({(outputs, inputs) for _, _, outputs, inputs in MEASURED}))
 
 
@@ -114,7 +114,7 @@ def main() -> None:
             part(dtype)
     note("too large")
     single = torch.float32
-    gemv.gated_gemv(some(3, 2048, dtype=single), some(4096, 2048, dtype=single), shape=gemv.Shape(64, 256, 4, 4))
+    gemv.gated_gemv(some(3, 2048, dtype=single), some(4096, 2048, dtype=single), shape=gemv_shapes.Shape(64, 256, 4, 4))
 
 
 if __name__ == "__main__":
