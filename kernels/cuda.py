@@ -104,10 +104,12 @@ def rope_and_write(
     k_norm: Tensor | None = None,
     eps: float = 0.0,
     rotation: int = 0,
+    scales: Tensor | None = None,
+    given: tuple[float, float] | None = None,
 ) -> Tensor:
     """Rotate queries and keys of qkv [T, (Hq + 2 Hk) * E], write keys and values to pairs -> queries [T, Hq, E].
 
-    With q_norm and k_norm [E] each head is RMS-normalised first.
+    With q_norm and k_norm [E] each head is RMS-normalised first.  Pairs of e4m3 have scales (kernels/narrow.py).
     """
     assert isinstance(plan, StepPlan)
     kv_heads, width = pairs.shape[3], pairs.shape[4]
@@ -125,6 +127,8 @@ def rope_and_write(
         pairs[:, :, 0],
         pairs[:, :, 1],
         plan.slots,
+        scales=scales,
+        given=given,
         early=_early(qkv),
     )
 
@@ -136,6 +140,7 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of q [T, Hq, E] over the pages of each token's own sequence -> [T, Hq * E].
 
@@ -148,7 +153,9 @@ def paged_attention(
     if decodes:
         tasks = plan.tasks.get(window)
         if tasks is None:
-            tasks = plan.tasks[window] = plan_tasks(lens[:decodes], keys.shape[2], window=window)
+            tasks = plan.tasks[window] = plan_tasks(
+                lens[:decodes], keys.shape[2], window=window, e4m3=scales is not None
+            )
         decode_attention(
             q[:decodes],
             keys,
@@ -160,6 +167,7 @@ def paged_attention(
             out[:decodes],
             window=window,
             softcap=softcap,
+            scales=scales,
             early=_early(q),
         )
     if decodes < len(lens):
@@ -174,6 +182,7 @@ def paged_attention(
             out,
             window=window,
             softcap=softcap,
+            scales=scales,
             early=_early(q),
         )
     return out.view(q.shape[0], -1)
