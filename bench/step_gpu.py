@@ -126,6 +126,7 @@ def main() -> None:
     options.add_argument("--batches", default="1,2,4,8,16,32,64,128,256")
     options.add_argument("--tokens", default="16,128,512,2048")
     options.add_argument("--quantization", default="none", choices=tuple(QUANTIZED), help="of the linear layers")
+    options.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "fp8"), help="of keys and values")
     options.add_argument("--eager", action="store_true", help="kernel by kernel, without graphs")
     options.add_argument("--record", action="store_true")
     given = options.parse_args()
@@ -151,7 +152,7 @@ def main() -> None:
     )
     runner = CudaRunner(
         decoder,
-        decoder.new_cache(blocks, BLOCK_SIZE),
+        decoder.new_cache(blocks, BLOCK_SIZE, torch.float8_e4m3fn if given.kv_cache_dtype == "fp8" else None),
         max_num_seqs=limits.max_num_seqs,
         max_model_len=limits.max_model_len,
         max_tokens=limits.max_num_batched_tokens,
@@ -160,6 +161,8 @@ def main() -> None:
     setting = {"model": found.name, "context": given.context, "graphs": not given.eager}
     if given.quantization != "none":
         setting["quantization"] = given.quantization
+    if given.kv_cache_dtype != "auto":
+        setting["kv_cache_dtype"] = given.kv_cache_dtype
     for batch in batches:
         began = time.perf_counter()
         runner.capture(runner.buckets.choose(batch, 0, batch))
