@@ -9,8 +9,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 KERNELS = (
-    "_plan_tasks _decode decode_e4m3 _reduce _prefill _rope_and_write _scan _settle _token_logprobs _bias_and_ban _penalise "
-    "_count_tokens _vector _matrix _norm _activate _experts "
+    "_plan_tasks _decode decode_e4m3 _reduce _prefill _rope_and_write _scan _settle _token_logprobs _bias_and_ban "
+    "_penalise _count_tokens _vector _matrix _norm _activate _experts "
     "_words _portable_row _shared_matrix _write_out _quantise_rows"
 )
 
