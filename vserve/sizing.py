@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from vserve.engine.scheduler import MAX_SCORED_TOKENS
+from vserve.engine.limits import MAX_SCORED_TOKENS
 from vserve.engine.shapes import MAX_GRAPH_TOKENS, MIXED_CHUNKS
 from vserve.errors import StartupError
 from vserve.model.config import ModelConfig

@@ -150,15 +150,13 @@ class Served:
         return self.model.vocab_size
 
     def name(self, asked: str | None) -> str:
-        """The served name a request means.
+        """The name that replies show, the first, for any that is served.
 
         Raises NotFound that lists the valid ones, BadRequest for one that does not generate.
         """
         names = self.model.names
-        if not asked:
+        if not asked or asked in names:
             return names[0]
-        if asked in names:
-            return asked
         shown, valid = shorten(asked)[1:-1], ", ".join(names)
         if asked in self.embedding:
             raise BadRequest(

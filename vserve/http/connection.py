@@ -44,11 +44,8 @@ class Connection(Replies):
         self._transport = cast(asyncio.Transport, transport)
         site = self._site
         self._outbox = Outbox(self._transport, site.limits)
-        name = transport.get_extra_info("peername")
-        if isinstance(name, tuple):
-            self.address, self.peer = str(name[0]), f"{name[0]}:{name[1]}"
-        else:
-            self.address = self.peer = "unix"
+        self.name(transport.get_extra_info("peername"))
+        site.greeted(self)
         if site.overfull:
             self._transport.abort()
             return

@@ -124,6 +124,7 @@ class Site:
         self.clock = clock
         self.loop = asyncio.get_running_loop()
         self.connections: set[Peer] = set()
+        self._greeting: set[Peer] = set()  # in their TLS handshakes
         self.active = 0  # exchanges whose reply has not ended
         self.bodies_bytes = 0  # content held for them
         self.behind_bytes = 0  # what waits for clients that read too slowly
@@ -140,6 +141,18 @@ class Site:
 
     # Counting
 
+    def greet(self, peer: Peer) -> None:
+        """Count a connection whose TLS handshake begins."""
+        self._greeting.add(peer)
+        self._per_address[peer.address] = self._per_address.get(peer.address, 0) + 1
+
+    def greeted(self, peer: Peer) -> None:
+        """The handshake has ended: it counts no longer."""
+        if peer in self._greeting:
+            self._greeting.remove(peer)
+            self._uncount(peer.address)
+            self.tell_quiet()
+
     def admit(self, peer: Peer) -> ApiError | None:
         """Count a new connection; an error means that it may only ask for vital routes."""
         self.connections.add(peer)
@@ -147,7 +160,7 @@ class Site:
         if self._sweeper is None:
             self._sweeper = self.loop.call_later(SWEEP_S, self._sweep)
         limits = self.limits
-        if len(self.connections) > limits.connections:
+        if self.open > limits.connections:
             return Unavailable("The server has too many open connections.", retry_after_s=1, close=True)
         if limits.connections_per_address is not None and held > limits.connections_per_address:
             return RateLimited("This address has too many open connections.", retry_after_s=1, close=True)
@@ -156,7 +169,12 @@ class Site:
     @property
     def overfull(self) -> bool:
         """True when there are so many connections that another is not even told so."""
-        return len(self.connections) >= self.limits.connections + self.limits.spare_connections
+        return self.open >= self.limits.connections + self.limits.spare_connections
+
+    @property
+    def open(self) -> int:
+        """Connections, idle ones and those in their TLS handshake too."""
+        return len(self.connections) + len(self._greeting)
 
     def forget(self, peer: Peer) -> None:
         """A connection is gone; one that was never admitted is ignored."""
@@ -164,12 +182,15 @@ class Site:
             return
         self.connections.remove(peer)
         self.deaf.discard(peer)
-        left = self._per_address[peer.address] - 1
-        if left:
-            self._per_address[peer.address] = left
-        else:
-            del self._per_address[peer.address]
+        self._uncount(peer.address)
         self.tell_quiet()
+
+    def _uncount(self, address: str) -> None:
+        left = self._per_address[address] - 1
+        if left:
+            self._per_address[address] = left
+        else:
+            del self._per_address[address]
 
     def tell_quiet(self) -> None:
         """Wake who waits in quiet(); called whenever a count falls."""

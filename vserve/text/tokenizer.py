@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from enum import Enum, auto
 from pathlib import Path
 from typing import Final, Self
@@ -201,6 +202,13 @@ class Tokenizer:
         """The bytes of ids, joined; an id outside the vocabulary has none."""
         table = self.byte_table(skip_special=skip_special)
         return b"".join([table[id] for id in ids if 0 <= id < self.vocab_size])
+
+    def token_strs(self, ids: Sequence[int]) -> list[str]:
+        """Each id as token_str gives it."""
+        if ids and min(ids) >= 0:
+            with suppress(IndexError):
+                return list(map(self._pieces.__getitem__, ids))  # half the time of a line of Python an id
+        return [self.token_str(id) for id in ids]
 
     def token_str(self, id: int) -> str:
         """The token as the vocabulary spells it ("Ġworld", "▁world"), or "" for an id outside it."""
