@@ -22,7 +22,7 @@ from vserve.kernels.rope import norm_rope_and_write, split_qkv
 Check = Callable[[Tensor, Tensor], None]
 GPU = torch.cuda.is_available()
 # The interpreter multiplies no bf16 matrices.
-DTYPES = [torch.float16, torch.bfloat16, torch.float32] if GPU else [torch.float32]
+DTYPES = [torch.float16, torch.bfloat16] if GPU else [torch.float32]
 E4M3 = torch.float8_e4m3fn
 
 
