@@ -49,6 +49,7 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     ),
     "observe": (frozenset({"errors"}), frozenset({"prometheus_client", "opentelemetry"})),
     "build": (frozenset(), frozenset()),
+    "preload": (frozenset({"kernels"}), frozenset()),
     "scale": (frozenset({"errors"}), frozenset()),
     "bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
     "encoder_bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
