@@ -10,6 +10,8 @@ One row of x runs in grouped_row.py or, on a GPU, grouped_words.py; norm and gat
 through the matrix units, grouped_matrix.py.  How the work is cut into programs is measured: grouped_shapes.py.
 """
 
+# mypy: disable-error-code="import-untyped"
+
 from __future__ import annotations
 
 import torch

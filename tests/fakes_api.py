@@ -188,7 +188,7 @@ def standing(
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         await server.listen(sock=listener)
         inbox = Inbox(max_queue)
-        bridge = Bridge(asyncio.get_running_loop(), inbox)
+        bridge = Bridge(asyncio.get_running_loop(), inbox, turns=server.site.turns)
         fake = FakeEngine(inbox, bridge, script, **(engine or {}))  # type: ignore[arg-type]
         model = Model(
             names=(NAME, "short"),

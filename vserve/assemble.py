@@ -47,7 +47,8 @@ from vserve.sizing import (
 from vserve.text import gguf_vocab
 from vserve.text.grammar import Grammars, why_none
 from vserve.text.template import ChatTemplate, find_templates, read_template
-from vserve.text.tokenizer import Tokenizer, eos_ids_in, has_tokenizer
+from vserve.text.tokenizer import Tokenizer
+from vserve.text.tokenizer_files import eos_ids_in, has_tokenizer
 
 if TYPE_CHECKING:  # its kernels need Triton, which torch for CPUs comes without
     from vserve.engine.cuda_runner import CudaRunner

@@ -171,7 +171,7 @@ class _Service:
         else:
             await self._http.listen(uds=config.uds, ssl_context=edge.ssl_context)
         self._inbox = Inbox(config.max_queue, token_limit=config.max_queued_tokens, retry_after=self._app.retry_after_s)
-        self._bridge = Bridge(loop, self._inbox)
+        self._bridge = Bridge(loop, self._inbox, turns=self._http.site.turns)
         self._encoder = EncoderService(config, self._app, loop)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)

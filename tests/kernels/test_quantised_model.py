@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from default_model import default_model
 from transformers import AutoModelForCausalLM
 
 from tests.model import quantised
@@ -14,27 +15,29 @@ from tests.model.driving import Driver, distance, judged, random_model
 from vserve.kernels.grouped import MATRIX_ROWS
 from vserve.model.gpu_decoder import GpuDecoder
 from vserve.model.loader import load_weights
-from vserve.model.source import _default_file, resolve
+from vserve.model.source import resolve
 from vserve.sizing import WRITTEN_ROWS, GgufTensors, Quantisation, weight_bytes
 
-LIMIT = 3e-2 if torch.cuda.is_available() else 1e-4
-"""The GPU computes in bfloat16."""
+LIMITS = {torch.bfloat16: 6e-2, torch.float16: 8e-3} if torch.cuda.is_available() else {torch.float32: 1e-4}
+"""About twice what the dense model itself is off by in such numbers.  The interpreter multiplies no bf16 matrices."""
 
 
+@pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("name", quantised.CHECKPOINTS)
-def test_logits_are_those_of_the_dense_model(name: str, device: torch.device, tmp_path: Path) -> None:
+def test_logits_are_those_of_the_dense_model(
+    name: str, dtype: torch.dtype, device: torch.device, tmp_path: Path
+) -> None:
     random_model(hidden_size=64, intermediate_size=128, num_hidden_layers=2).save_pretrained(tmp_path / "dense")
     make, settings = quantised.CHECKPOINTS[name]
     quantised.quantise(tmp_path / "packed", tmp_path / "dense", make, settings)
     judge = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     ids = torch.randint(0, 97, (9,), generator=torch.Generator().manual_seed(2)).tolist()
     source = resolve(str(tmp_path / "packed"), environ={})
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     decoder = load_weights(source.open_weights(), source.config, device=device, dtype=dtype, for_gpu=True)
     assert isinstance(decoder, GpuDecoder)
     assert decoder._fused is not None or name == "gptq act-order"
     # Several rows at once and single ones: both kernels.
-    assert distance(Driver(decoder, 24).logits(ids, [6, 1]).cpu(), judged(judge, ids)) < LIMIT
+    assert distance(Driver(decoder, 24).logits(ids, [6, 1]), judged(judge, ids)) < LIMITS[dtype]
 
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "tie_word_embeddings": True}
@@ -84,7 +87,7 @@ def test_online_fp8_takes_what_is_planned(device: torch.device, tmp_path: Path) 
 
 
 def test_the_blocks_of_the_default_model_take_what_is_planned(device: torch.device) -> None:
-    source = resolve(str(_default_file()), environ={})
+    source = default_model()
     assert source.gguf is not None
     decoder = load_weights(source.open_weights(), source.config, device=device, dtype=torch.bfloat16, for_gpu=True)
     assert isinstance(decoder, GpuDecoder)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from vserve.errors import BadRequest, StartupError
-from vserve.text.tokenizer import DecodeStyle, Tokenizer, byte_alphabet
+from vserve.text.pieces import DecodeStyle, byte_alphabet
+from vserve.text.tokenizer import Tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|turn|>"]
 

@@ -13,8 +13,8 @@ from typing import Protocol
 from vserve.encoder_bridge import EncoderBridge
 from vserve.engine.encoding import BatchStats, Encoded, Encoding
 from vserve.errors import BadRequest, NotFound, RateLimited, shorten
+from vserve.observe.encoder_series import EncoderSeries
 from vserve.observe.heartbeat import Heartbeat
-from vserve.observe.metrics import EncoderSeries
 from vserve.text.encoder_tokenizer import EncoderTokenizer
 
 RETRY_LIMIT_S = 60

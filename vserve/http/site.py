@@ -10,6 +10,7 @@ import itertools
 import logging
 import secrets
 import select
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,6 +20,7 @@ from vserve.http.events import RequestHead
 from vserve.http.exchange import Exchange, Fields, Response
 from vserve.http.limits import Limits
 from vserve.http.router import Route, Router
+from vserve.http.turns import Turns
 from vserve.http.writer import Writer
 
 log = logging.getLogger("vserve.http")
@@ -26,8 +28,9 @@ log = logging.getLogger("vserve.http")
 SWEEP_S = 0.5
 """How often deadlines are looked at: every timeout is late by at most this."""
 
-FLUSH_SLICE = 64
-"""Connections flushed in one callback of the loop before other callbacks get a turn."""
+FLUSH_SLICE = 32
+FLUSH_S = 0.00015
+"""Most connections flushed in one turn of the loop, and the seconds after which it takes no further one."""
 
 KNOWN_HEADS = 256
 KNOWN_HEAD_BYTES = 1024
@@ -123,6 +126,7 @@ class Site:
         self.writer = writer
         self.clock = clock
         self.loop = asyncio.get_running_loop()
+        self.turns = Turns(self.loop, clock)
         self.connections: set[Peer] = set()
         self._greeting: set[Peer] = set()  # in their TLS handshakes
         self.active = 0  # exchanges whose reply has not ended
@@ -132,7 +136,8 @@ class Site:
         self.draining = False
         self.known: dict[bytes, KnownHead] = {}
         self._per_address: dict[str, int] = {}
-        self._dirty: list[Carrier] = []
+        self._dirty: deque[Carrier] = deque()
+        self._flush_due = False
         self._tasks: set[asyncio.Future[Response | None]] = set()
         self._sweeper: asyncio.TimerHandle | None = None
         self._id_prefix = f"req-{secrets.token_hex(6)}-"
@@ -271,21 +276,27 @@ class Site:
     # The flush pass and the sweep
 
     def flush_later(self, peer: Carrier) -> None:
-        """Flush the connection at the end of this pass of the loop; one callback serves them all."""
+        """Flush the connection in a later turn; one serves many."""
         if not peer.dirty:
             peer.dirty = True
             self._dirty.append(peer)
-            if len(self._dirty) == 1:
-                self.loop.call_soon(self._flush_dirty)
+            if not self._flush_due:
+                self._flush_due = True
+                self.turns.soon(self._flush_dirty)
 
     def _flush_dirty(self) -> None:
-        dirty = self._dirty
-        now, self._dirty = dirty[:FLUSH_SLICE], dirty[FLUSH_SLICE:]
-        if self._dirty:
-            self.loop.call_soon(self._flush_dirty)
-        for peer in now:
-            peer.dirty = False
-            peer.flush()
+        dirty, until_s = self._dirty, self.clock() + FLUSH_S
+        try:
+            for _ in range(min(FLUSH_SLICE, len(dirty))):
+                peer = dirty.popleft()
+                peer.dirty = False
+                peer.flush()
+                if self.clock() >= until_s:
+                    break
+        finally:
+            self._flush_due = bool(dirty)
+            if dirty:
+                self.turns.soon(self._flush_dirty)
 
     def sweep(self, now_s: float) -> None:
         """Let every connection whose deadline has passed act on it."""
