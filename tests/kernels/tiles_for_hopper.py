@@ -11,7 +11,7 @@ import torch
 from hopper import catch, shared_bytes, some
 from triton.compiler import ASTSource
 
-KERNELS = {"_matrix", "_shared_matrix", "_decode", "decode_e4m3", "_prefill", "_experts"}
+KERNELS = {"_matrix", "shared_matrix", "_decode", "decode_e4m3", "_prefill", "_experts"}
 seen: set[str] = set()
 what_runs = ""
 
