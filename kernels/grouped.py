@@ -23,8 +23,8 @@ from vserve.kernels.early import options
 from vserve.kernels.grouped_shapes import Shape, measured
 from vserve.kernels.packed import Form, Packed
 
-MATRIX_ROWS = 128
-"""Rows of x from which it is cheaper to write the weights out and leave the product to cuBLAS."""
+MOST_ROWS = {4: 512, 8: 128}
+"""Bits of integers -> rows of x above which it is cheaper to write the weights out and leave the product to cuBLAS."""
 
 _SINGLE = {"rows": 32, "width": 64, "warps": 4, "stages": 2}
 """Of a shape with fp32 x: what was measured for halves would not fit a multiprocessor's memory."""
@@ -68,10 +68,9 @@ def gated_row(
 def write_out(weight: Packed, dtype: torch.dtype) -> Tensor:
     """The weights as a new [N, K] of dtype, rounded once from fp32."""
     out = torch.empty((weight.outputs, weight.inputs), dtype=dtype, device=weight.data.device)
-    offset = weight.scale if weight.offset is None else weight.offset
     rows, width = 16, 256
     grouped_matrix.write_out[(triton.cdiv(weight.outputs, rows), triton.cdiv(weight.inputs, width))](
-        _bytes(weight), weight.scale, offset, out, weight.outputs, weight.inputs, weight.group, weight.bits,
+        _elements(weight), weight.numbers, out, weight.outputs, weight.inputs, weight.group, weight.bits,
         int(weight.form), weight.centre, rows, width, num_warps=4,
     )  # fmt: skip
     return out
@@ -96,19 +95,19 @@ def _one_row(
     assert residual is None or (residual.is_contiguous() and residual.shape == y.shape)
     shape = measured(_kind(weight), 1, weight.outputs, weight.inputs) if shape is None else shape
     grid = (triton.cdiv(outputs, shape.rows),)
-    offset = weight.scale if weight.offset is None else weight.offset
     ends = (x if bias is None else bias, x if residual is None else residual, y, outputs, weight.outputs, eps)
     about = (weight.inputs, weight.group, weight.bits, int(weight.form), weight.centre)
     flags = (norm is not None, bias is not None, residual is not None, gated, shape.rows, shape.width, early)
     if _asm(x):
-        fours, norms = x.view(torch.int64), (x if norm is None else norm).view(torch.int64)
+        several = torch.int32 if weight.bits == 4 else torch.int64  # two or four numbers
+        inputs, norms = x.view(several), (x if norm is None else norm).view(several)
         grouped_words.words[grid](
-            fours, weight.data.view(torch.int32), weight.scale, offset, norms, *ends, *about, *flags,
+            inputs, weight.data.view(torch.int32), weight.numbers, norms, *ends, *about, *flags,
             *grouped_words.code(_kind(weight), x.dtype, norm is not None), **options(shape.warps, early),
         )  # fmt: skip
     else:
         grouped_row.portable_row[grid](
-            x, _bytes(weight), weight.scale, offset, x if norm is None else norm, *ends, *about, *flags,
+            x, _bytes(weight), weight.numbers, x if norm is None else norm, *ends, *about, *flags,
             **options(shape.warps, early),
         )  # fmt: skip
     return y
@@ -120,22 +119,21 @@ def _rows(x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | Non
     assert x.stride(1) == 1
     y = torch.empty((rows, weight.outputs), dtype=x.dtype, device=x.device)
     assert residual is None or (residual.is_contiguous() and residual.shape == y.shape)
-    block = padded(rows)
     if shape is None:
-        shape = measured(_kind(weight), block, weight.outputs, weight.inputs)
+        shape = measured(_kind(weight), padded(rows), weight.outputs, weight.inputs)
         if x.element_size() > 2:
             shape = shape._replace(**_SINGLE)
-    grid = (triton.cdiv(weight.outputs, shape.rows), triton.cdiv(rows, block), shape.splits)
+    across = shape.across or min(padded(rows), 128)
+    grid = (triton.cdiv(weight.outputs, shape.rows), triton.cdiv(rows, across), shape.splits)
     assert grid[0] * grid[1] <= weight.counters.numel() or shape.splits == 1
     partial = y
     if shape.splits > 1:
         partial = torch.empty((shape.splits, rows, weight.outputs), dtype=torch.float32, device=x.device)
     grouped_matrix.shared_matrix[grid](
-        x, _bytes(weight), weight.scale, weight.scale if weight.offset is None else weight.offset,
-        x if bias is None else bias, x if residual is None else residual, y, partial, weight.counters, rows,
-        weight.outputs, x.stride(0), weight.inputs, weight.group, weight.bits, int(weight.form), weight.centre,
-        bias is not None, residual is not None, block, shape.rows, shape.width, shape.stages, shape.splits, _asm(x),
-        num_warps=shape.warps,
+        x, _elements(weight), weight.numbers, x if bias is None else bias, x if residual is None else residual, y,
+        partial, weight.counters, rows, weight.outputs, x.stride(0), weight.inputs, weight.group, weight.bits,
+        int(weight.form), weight.centre, bias is not None, residual is not None, across, shape.rows, shape.width,
+        shape.stages, shape.splits, _asm(x), num_warps=shape.warps,
     )  # fmt: skip
     return y
 
@@ -144,14 +142,23 @@ def _bytes(weight: Packed) -> Tensor:
     return weight.data.view(torch.float8_e4m3fn) if weight.form is Form.FLOAT else weight.data
 
 
+def _elements(weight: Packed) -> Tensor:
+    return weight.data.view(torch.int32) if weight.bits == 4 else _bytes(weight)
+
+
 def _asm(x: Tensor) -> bool:
     """Whether the kernels may use machine code: not in the interpreter, and not for fp32, which is no speed of ours."""
     return x.is_cuda and x.dtype != torch.float32
 
 
+def most_rows(weight: Packed) -> int:
+    """Rows of x up to which ``linear`` is the fastest product, on an H100; e4m3 weights then meet e4m3 activations."""
+    return 16 if weight.form is Form.FLOAT else MOST_ROWS[weight.bits]
+
+
 def padded(rows: int) -> int:
-    """Rows of x that a program takes."""
-    return 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 64 else 128
+    """Rows of x rounded up to a number that shapes are measured for; the last stands for more."""
+    return next((count for count in (16, 32, 64, 128, 256) if rows <= count), 512)
 
 
 def _kind(weight: Packed) -> str:

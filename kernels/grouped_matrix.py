@@ -1,123 +1,148 @@
 """Rows of activations times weights of 4 or 8 bits on the matrix units, and the weights written out as plain numbers.
 
-    as grouped.py says, for M of up to 128, without norm and gate
+    as grouped.py says, for any M, without norm and gate
 
-The weights are the first operand: 64 rows and more of it keep Hopper's wide instruction busy however few the rows of
-x.  Where tiles are few, several programs share one, each with a part of K.  The last to end adds the parts up, always in
-the same order: no sum depends on who comes first.  Split K for small batches: arXiv:2402.00025.
+The weights are the first operand: 64 rows and more of it keep Hopper's wide instruction busy however few rows x has.
+They become numbers in the registers that feed that instruction, while the one before still runs; so all that a step
+reads is copied ahead, which takes at least 4 bytes a number: a scale comes with its neighbour.  Where tiles are few,
+several programs share one, each with a part of K.  The last to end adds the parts up, always in the same order: no sum
+depends on who comes first.  Split K for small batches: arXiv:2402.00025.
+
+4 bits put into the mantissa of a power of two, 128 in bf16 and 1024 in fp16, give that power + q exactly.
 """
 
-# ruff: noqa: SIM108
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,import-untyped,assignment"
+# ruff: noqa: SIM108
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from vserve.kernels.grouped_row import MINIMUM, ZERO
+from vserve.kernels.grouped_row import FLOAT, MINIMUM, ZERO, load_group
 
-_TO_PAIRS = """
+_TO_NUMBERS = """
     {
-    .reg .b32 t, u;
-    prmt.b32 t, $4, 0, 0x4140;
-    prmt.b32 u, $4, 0, 0x4342;
-    lop3.b32 $0, t, 0x000F000F, MAGIC, 0xEA;
-    lop3.b32 $1, u, 0x000F000F, MAGIC, 0xEA;
-    shr.u32 t, t, 4;
-    shr.u32 u, u, 4;
-    lop3.b32 $2, t, 0x000F000F, MAGIC, 0xEA;
-    lop3.b32 $3, u, 0x000F000F, MAGIC, 0xEA;
+    .reg .b32 t, u, v, w;
+    shr.u32 u, $8, 4;
+    shr.u32 v, $8, 8;
+    shr.u32 w, $8, 12;
+    lop3.b32 t, $8, 0x000F000F, MAGIC, 0xEA;
+    lop3.b32 u, u, 0x000F000F, MAGIC, 0xEA;
+    lop3.b32 v, v, 0x000F000F, MAGIC, 0xEA;
+    lop3.b32 w, w, 0x000F000F, MAGIC, 0xEA;
+    mov.b32 {$0, $1}, t;
+    mov.b32 {$2, $3}, u;
+    mov.b32 {$4, $5}, v;
+    mov.b32 {$6, $7}, w;
     }
     """
-_TO_BF16 = tl.constexpr(_TO_PAIRS.replace("MAGIC", "0x43004300"))
-_TO_FP16 = tl.constexpr(_TO_PAIRS.replace("MAGIC", "0x64006400"))
-"""Four bytes -> 128 + q (bf16) or 1024 + q (fp16) of their low halves, then of their high ones."""
+_TO_BF16 = tl.constexpr(_TO_NUMBERS.replace("MAGIC", "0x43004300"))
+_TO_FP16 = tl.constexpr(_TO_NUMBERS.replace("MAGIC", "0x64006400"))
+"""A word of eight integers -> 128 + q (bf16) or 1024 + q (fp16) of each, in the order of K."""
+
+
+_E4M3_TO_BF16 = tl.constexpr("""
+    {
+    .reg .b32 t, u, a, b;
+    prmt.b32 t, $2, 0, 0x1404;
+    prmt.b32 u, $2, 0, 0x3424;
+    shr.u32 a, t, 4;
+    shr.u32 b, u, 4;
+    and.b32 a, a, 0x07F007F0;
+    and.b32 b, b, 0x07F007F0;
+    lop3.b32 t, t, 0x80008000, a, 0xEA;
+    lop3.b32 u, u, 0x80008000, b, 0xEA;
+    mov.b32 a, 0x7B807B80;
+    mul.rn.bf16x2 $0, t, a;
+    mul.rn.bf16x2 $1, u, a;
+    }
+    """)
+"""Four e4m3 numbers -> bf16: exponent and mantissa in their places are 2^120 too small.  Exact, but a NaN is 480."""
 
 
 @triton.jit
-def _spread(groups, ROWS: tl.constexpr, S: tl.constexpr, B: tl.constexpr):
-    # one number a group -> one a byte: [ROWS, S] -> [ROWS, B]
-    if S == 1:
-        return tl.broadcast_to(groups, [ROWS, B])
-    return tl.reshape(tl.broadcast_to(groups[:, :, None], [ROWS, S, B // S]), [ROWS, B])
-
-
-@triton.jit
-def _numbers(
-    w, scale, offset, CENTRE_AT: tl.constexpr, BITS: tl.constexpr, FORM: tl.constexpr, ASM: tl.constexpr,
-    DTYPE: tl.constexpr,
-):  # fmt: skip
-    # bytes, scale and offset [ROWS, B] -> the weights of the low and the high halves (8 bits: twice the same), DTYPE
-    if ASM and BITS == 4:
-        # Exact up to the products: 128 + q and 1024 + q less 128 + z and 1024 + z.
-        if tl.bfloat16 == DTYPE:
-            low, high = tl.inline_asm_elementwise(
-                _TO_BF16, "=r,=r,=r,=r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-            )
-            base = 128.0
-        else:
-            low, high = tl.inline_asm_elementwise(
-                _TO_FP16, "=r,=r,=r,=r,r", [w], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
-            )
-            base = 1024.0
-        s = scale.to(DTYPE)
-        if FORM == MINIMUM:
-            least = tl.full([1, 1], base, DTYPE)
-            o = offset.to(DTYPE)
-            return (low - least) * s + o, (high - least) * s + o
-        if FORM == ZERO:
-            z = (offset.to(tl.float32) + base).to(DTYPE)
-        else:
-            z = tl.full([1, 1], CENTRE_AT + base, DTYPE)
-        return (low - z) * s, (high - z) * s
-    if BITS == 4:
-        low = (w & 0x0F).to(tl.float32)
-        high = (w >> 4).to(tl.float32)
+def _integers(w, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr, DTYPE: tl.constexpr):
+    # w int32 [ROWS, BLOCK_K / 8], eight integers each -> [ROWS, BLOCK_K] in the order of K: in fp32, or with ASM the
+    # bits of DTYPE, 128 or 1024 too large.
+    if ASM:
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            _TO_BF16 if tl.bfloat16 == DTYPE else _TO_FP16, "=h,=h,=h,=h,=h,=h,=h,=h,r", [w],
+            (tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16), True, 1,
+        )  # fmt: skip
     else:
-        low = w.to(tl.float32)
-        high = low
-    s = scale.to(tl.float32)
-    if FORM == MINIMUM:
-        o = offset.to(tl.float32)
-        return (low * s + o).to(DTYPE), (high * s + o).to(DTYPE)
-    if FORM == ZERO:
-        z = offset.to(tl.float32)
-        return ((low - z) * s).to(DTYPE), ((high - z) * s).to(DTYPE)
-    return ((low - CENTRE_AT) * s).to(DTYPE), ((high - CENTRE_AT) * s).to(DTYPE)
+        a = (w & 15).to(tl.float32)
+        b = (w >> 16 & 15).to(tl.float32)
+        c = (w >> 4 & 15).to(tl.float32)
+        d = (w >> 20 & 15).to(tl.float32)
+        e = (w >> 8 & 15).to(tl.float32)
+        f = (w >> 24 & 15).to(tl.float32)
+        g = (w >> 12 & 15).to(tl.float32)
+        h = (w >> 28 & 15).to(tl.float32)
+    # A word's first integer is k + 2 t of a chunk of 32; the others are 1, 8 and 16 further.
+    near = tl.join(tl.join(a, b), tl.join(c, d))
+    far = tl.join(tl.join(e, f), tl.join(g, h))
+    q = tl.reshape(tl.join(near, far), [ROWS, BLOCK_K // 32, 4, 2, 2, 2])
+    return tl.reshape(tl.permute(q, [0, 1, 5, 4, 2, 3]), [ROWS, BLOCK_K])
 
 
 @triton.jit
-def _load_numbers(
-    data_ptr, scale_ptr, offset_ptr, row, num_out, start, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
+def _spread(groups, ROWS: tl.constexpr, S: tl.constexpr, BLOCK_K: tl.constexpr):
+    # one number a group -> one a weight: [ROWS, S] -> [ROWS, BLOCK_K]
+    if S == 1:
+        return tl.broadcast_to(groups, [ROWS, BLOCK_K])
+    return tl.reshape(tl.broadcast_to(groups[:, :, None], [ROWS, S, BLOCK_K // S]), [ROWS, BLOCK_K])
+
+
+@triton.jit
+def load_numbers(
+    data_ptr, numbers_ptr, row, num_out, start, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
     FORM: tl.constexpr, CENTRE_AT: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    # the weights of rows row [ROWS] and BLOCK_K inputs from start: [ROWS, B] twice, as _numbers
-    B: tl.constexpr = BLOCK_K * BITS // 8
+    # the weights of rows row [ROWS] and BLOCK_K inputs from start, [ROWS, BLOCK_K] of DTYPE; of FLOAT without the scale
+    PER: tl.constexpr = 8 if BITS == 4 else 1  # weights of an element of data
     S: tl.constexpr = BLOCK_K // GROUP if BLOCK_K > GROUP else 1
     EVEN: tl.constexpr = K % BLOCK_K == 0
-    j = tl.arange(0, B)
-    g = start // GROUP + tl.arange(0, S)
-    at = data_ptr + row.to(tl.int64)[:, None] * (K * BITS // 8) + (start * BITS // 8 + j)[None, :]
-    place = g[None, :] * num_out + row[:, None]
+    j = start // PER + tl.arange(0, BLOCK_K // PER)
+    at = data_ptr + row.to(tl.int64)[:, None] * (K // PER) + j[None, :]
     if EVEN:
         w = tl.load(at, eviction_policy="evict_first")
-        scale = tl.load(scale_ptr + place)
-        offset = scale
-        if FORM <= MINIMUM:
-            offset = tl.load(offset_ptr + place)
     else:
-        w = tl.load(at, mask=(start * BITS // 8 + j < K * BITS // 8)[None, :], other=0.0)
-        inside = (g * GROUP < K)[None, :]
-        scale = tl.load(scale_ptr + place, mask=inside, other=0.0)
-        offset = scale
-        if FORM <= MINIMUM:
-            offset = tl.load(offset_ptr + place, mask=inside, other=0.0)
-    scale = _spread(scale, ROWS, S, B)
+        w = tl.load(at, mask=(j < K // PER)[None, :], other=0.0)
+    if FORM == FLOAT:
+        if ASM and tl.bfloat16 == DTYPE:
+            numbers = tl.inline_asm_elementwise(_E4M3_TO_BF16, "=r,=r,r", [w], tl.bfloat16, True, 4)
+        else:
+            numbers = w.to(DTYPE)
+        return numbers
+    g = start // GROUP + tl.arange(0, S)
+    place = g[None, :] * num_out + row[:, None]
+    inside = (g * GROUP < K)[None, :]
+    scale, offset = load_group(numbers_ptr, place, inside, FORM, EVEN, ASM)
+    scale = _spread(scale, ROWS, S, BLOCK_K)
     if FORM <= MINIMUM:
-        offset = _spread(offset, ROWS, S, B)
-    return _numbers(w, scale, offset, CENTRE_AT, BITS, FORM, ASM, DTYPE)
+        offset = _spread(offset, ROWS, S, BLOCK_K)
+    if ASM and BITS == 4:
+        # Exact up to the products: 128 + q and 1024 + q less 128 + z and 1024 + z.
+        q = _integers(w, ROWS, BLOCK_K, True, DTYPE).to(DTYPE, bitcast=True)
+        BASE: tl.constexpr = 128.0 if tl.bfloat16 == DTYPE else 1024.0
+        s = scale.to(DTYPE)
+        if FORM == MINIMUM:
+            return (q - tl.full([1, 1], BASE, DTYPE)) * s + offset.to(DTYPE)
+        if FORM == ZERO:
+            return (q - (offset.to(tl.float32) + BASE).to(DTYPE)) * s
+        return (q - tl.full([1, 1], CENTRE_AT + BASE, DTYPE)) * s
+    if BITS == 4:
+        q = _integers(w, ROWS, BLOCK_K, False, DTYPE)
+    else:
+        q = w.to(tl.float32)
+    s = scale.to(tl.float32)
+    if FORM == MINIMUM:
+        return (q * s + offset.to(tl.float32)).to(DTYPE)
+    if FORM == ZERO:
+        return ((q - offset.to(tl.float32)) * s).to(DTYPE)
+    return ((q - CENTRE_AT) * s).to(DTYPE)
 
 
 @triton.jit
@@ -137,9 +162,8 @@ def _finish(
 @triton.jit
 def shared_matrix(
     x_ptr,  # [M, K], rows x_stride apart
-    data_ptr,  # [N, K * BITS / 8]
-    scale_ptr,  # [K / GROUP, N]
-    offset_ptr,  # [K / GROUP, N]
+    data_ptr,  # 4 bits [N, K / 8] int32, 8 bits [N, K]
+    numbers_ptr,  # [K / GROUP, N], or [K / GROUP, N, 2] with offsets
     bias_ptr,  # [N]
     residual_ptr,  # [M, N] contiguous
     y_ptr,  # [M, N] contiguous
@@ -162,7 +186,6 @@ def shared_matrix(
     SPLITS: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    B: tl.constexpr = BLOCK_K * BITS // 8
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     EACH: tl.constexpr = (STEPS + SPLITS - 1) // SPLITS
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -170,26 +193,24 @@ def shared_matrix(
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(2)
     row = tl.minimum(n, num_out - 1)
-    j = tl.arange(0, B)
-    k = j
-    if BITS == 4:
-        k = j // 16 * 32 + j % 16
+    k = tl.arange(0, BLOCK_K)
     acc = tl.zeros([ROWS, BLOCK_M], tl.float32)
-    x_row = x_ptr + m[None, :] * x_stride
+    x_at = x_ptr + m.to(tl.int64)[None, :] * x_stride + k[:, None]
     seen = (m < num_rows)[None, :]
     first = split * EACH
     for step in tl.range(first, tl.minimum(first + EACH, STEPS), num_stages=STAGES):
         start = step * BLOCK_K
-        low, high = _load_numbers(
-            data_ptr, scale_ptr, offset_ptr, row, num_out, start, K, GROUP, BITS, FORM, CENTRE_AT, ROWS, BLOCK_K, ASM,
+        w = load_numbers(
+            data_ptr, numbers_ptr, row, num_out, start, K, GROUP, BITS, FORM, CENTRE_AT, ROWS, BLOCK_K, ASM,
             DTYPE,
         )  # fmt: skip
-        at = start + k
-        x = tl.load(x_row + at[:, None], mask=seen & (at < K)[:, None], other=0.0)
-        acc = tl.dot(low, x, acc, input_precision="ieee")
-        if BITS == 4:
-            x = tl.load(x_row + (at + 16)[:, None], mask=seen & (at + 16 < K)[:, None], other=0.0)
-            acc = tl.dot(high, x, acc, input_precision="ieee")
+        if K % BLOCK_K == 0:
+            x = tl.load(x_at + start, mask=seen, other=0.0)
+        else:
+            x = tl.load(x_at + start, mask=seen & (start + k < K)[:, None], other=0.0)
+        acc = tl.dot(w, x, acc, input_precision="ieee")
+    if FORM == FLOAT:
+        acc *= tl.load(numbers_ptr + row)[:, None]
     if SPLITS == 1:
         _finish(acc, bias_ptr, residual_ptr, y_ptr, n, m, num_rows, num_out, HAS_BIAS, HAS_RESIDUAL)
     else:
@@ -211,9 +232,8 @@ def shared_matrix(
 
 @triton.jit
 def write_out(
-    data_ptr,  # [N, K * BITS / 8]
-    scale_ptr,  # [K / GROUP, N]
-    offset_ptr,  # [K / GROUP, N]
+    data_ptr,  # 4 bits [N, K / 8] int32, 8 bits [N, K]
+    numbers_ptr,  # [K / GROUP, N], or [K / GROUP, N, 2] with offsets
     out_ptr,  # [N, K]
     num_out,  # N
     K: tl.constexpr,
@@ -224,20 +244,15 @@ def write_out(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    B: tl.constexpr = BLOCK_K * BITS // 8
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     start = tl.program_id(1) * BLOCK_K
     row = tl.minimum(n, num_out - 1)
-    low, high = _load_numbers(
-        data_ptr, scale_ptr, offset_ptr, row, num_out, start, K, GROUP, BITS, FORM, CENTRE_AT, ROWS, BLOCK_K, False,
-        out_ptr.dtype.element_ty,
+    k = start + tl.arange(0, BLOCK_K)
+    w = load_numbers(
+        data_ptr, numbers_ptr, row, num_out, start, K, GROUP, BITS, FORM, CENTRE_AT, ROWS, BLOCK_K, False,
+        out_ptr.dtype.element_ty if FORM != FLOAT else tl.float32,
     )  # fmt: skip
-    j = tl.arange(0, B)
-    k = start + j
-    if BITS == 4:
-        k = start + j // 16 * 32 + j % 16
+    if FORM == FLOAT:
+        w = (w * tl.load(numbers_ptr + row)[:, None]).to(out_ptr.dtype.element_ty)
     to = out_ptr + n.to(tl.int64)[:, None] * K + k[None, :]
-    valid = (n < num_out)[:, None]
-    tl.store(to, low, mask=valid & (k < K)[None, :])
-    if BITS == 4:
-        tl.store(to + 16, high, mask=valid & (k + 16 < K)[None, :])
+    tl.store(to, w, mask=(n < num_out)[:, None] & (k < K)[None, :])

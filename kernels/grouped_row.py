@@ -6,6 +6,7 @@ A program takes a few rows of the weights; 16 bytes are one group's, so their pr
 times x, and scale and offset come in once for 16 or 32 weights.  Its twin in machine code is grouped_words.py.
 """
 
+# ruff: noqa: SIM108
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,import-untyped,assignment"
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from vserve.kernels.packed import Form
 ZERO = tl.constexpr(int(Form.ZERO))
 MINIMUM = tl.constexpr(int(Form.MINIMUM))
 CENTRE = tl.constexpr(int(Form.CENTRE))
+FLOAT = tl.constexpr(int(Form.FLOAT))
 
 
 @triton.jit
@@ -32,8 +34,44 @@ def _parts(w, x_low, x_high, BITS: tl.constexpr):
 
 
 @triton.jit
+def load_group(numbers_ptr, place, inside, FORM: tl.constexpr, EVEN: tl.constexpr, WORDS: tl.constexpr):
+    """The scales and offsets of numbers [G, N] at place, a scale for an offset where there is none.
+
+    Not EVEN: zeros but for those inside.  WORDS: a scale of 2 bytes is read with its neighbour.
+    """
+    TYPE: tl.constexpr = numbers_ptr.dtype.element_ty
+    SMALL: tl.constexpr = TYPE.primitive_bitwidth == 16
+    if SMALL and (FORM <= MINIMUM or WORDS):
+        at = numbers_ptr.to(tl.pointer_type(tl.int32)) + (place if FORM <= MINIMUM else place >> 1)
+    elif FORM <= MINIMUM:
+        at = numbers_ptr + 2 * place
+    else:
+        at = numbers_ptr + place
+    if EVEN:
+        found = tl.load(at)
+    else:
+        found = tl.load(at, mask=inside, other=0)
+    if SMALL and FORM <= MINIMUM:
+        scale = (found & 0xFFFF).to(tl.int16).to(TYPE, bitcast=True)
+        offset = (found >> 16).to(tl.int16).to(TYPE, bitcast=True)
+    elif SMALL and WORDS:
+        scale = (found >> ((place & 1) * 16).to(tl.int32)).to(tl.int16).to(TYPE, bitcast=True)
+        offset = scale
+    elif FORM <= MINIMUM:
+        scale = found
+        if EVEN:
+            offset = tl.load(at + 1)
+        else:
+            offset = tl.load(at + 1, mask=inside, other=0)
+    else:
+        scale = found
+        offset = found
+    return scale, offset
+
+
+@triton.jit
 def _load_step(
-    data_ptr, scale_ptr, offset_ptr, row, num_scales, start,
+    data_ptr, numbers_ptr, row, num_scales, start,
     K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, FORM: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -45,21 +83,12 @@ def _load_step(
     c = tl.arange(0, C)
     at = data_ptr + row[:, None] * (K * BITS // 8) + (start * BITS // 8 + j)[None, :]
     g = (start + c * WIDE) // GROUP
-    scale_at = scale_ptr + g[None, :] * num_scales + row[:, None]
-    offset_at = offset_ptr + g[None, :] * num_scales + row[:, None]
+    inside = (start + c * WIDE < K)[None, :]
+    scale, offset = load_group(numbers_ptr, g[None, :] * num_scales + row[:, None], inside, FORM, EVEN, False)
     if EVEN:
         w = tl.load(at, eviction_policy="evict_first")
-        scale = tl.load(scale_at)
-        offset = scale
-        if FORM <= MINIMUM:
-            offset = tl.load(offset_at)
     else:
         w = tl.load(at, mask=(start * BITS // 8 + j < K * BITS // 8)[None, :], other=0.0, eviction_policy="evict_first")
-        inside = (start + c * WIDE < K)[None, :]
-        scale = tl.load(scale_at, mask=inside, other=0.0)
-        offset = scale
-        if FORM <= MINIMUM:
-            offset = tl.load(offset_at, mask=inside, other=0.0)
     return w, scale, offset
 
 
@@ -91,8 +120,7 @@ def add_groups(sums, products, scale, offset, x_sum, CENTRE_AT: tl.constexpr, FO
 def portable_row(
     x_ptr,  # [K]
     data_ptr,  # [N, K * BITS / 8], gated [2 F, ...]
-    scale_ptr,  # [K / GROUP, N]
-    offset_ptr,  # [K / GROUP, N]
+    numbers_ptr,  # [K / GROUP, N], or [K / GROUP, N, 2] with offsets
     norm_ptr,  # [K]
     bias_ptr,  # [N] or [2 F]
     residual_ptr,  # [N]
@@ -122,14 +150,14 @@ def portable_row(
     j = tl.arange(0, B)
     k = j
     if BITS == 4:
-        k = j // 16 * 32 + j % 16
+        k = j // 16 * 32 + j % 2 * 16 + j % 16 // 4 * 2 + j % 4 // 2
     w, s, o = _load_step(
-        data_ptr, scale_ptr, offset_ptr, row, num_scales, 0, K, GROUP, BITS, FORM, BLOCK_K, EVEN
+        data_ptr, numbers_ptr, row, num_scales, 0, K, GROUP, BITS, FORM, BLOCK_K, EVEN
     )  # fmt: skip
     w2, s2, o2 = w, s, o
     if GATED:
         w2, s2, o2 = _load_step(
-            data_ptr, scale_ptr, offset_ptr, other, num_scales, 0, K, GROUP, BITS, FORM, BLOCK_K, EVEN
+            data_ptr, numbers_ptr, other, num_scales, 0, K, GROUP, BITS, FORM, BLOCK_K, EVEN
         )  # fmt: skip
     await_inputs(EARLY)
     sums = tl.zeros([ROWS, C], tl.float32)
@@ -139,24 +167,24 @@ def portable_row(
         # The next weights are asked for before the present ones are used; behind the last, the last again.
         ahead = tl.minimum(start + BLOCK_K, (K - 1) // BLOCK_K * BLOCK_K)
         w_next, s_next, o_next = _load_step(
-            data_ptr, scale_ptr, offset_ptr, row, num_scales, ahead, K, GROUP, BITS, FORM, BLOCK_K, EVEN
+            data_ptr, numbers_ptr, row, num_scales, ahead, K, GROUP, BITS, FORM, BLOCK_K, EVEN
         )  # fmt: skip
         w2_next, s2_next, o2_next = w_next, s_next, o_next
         if GATED:
             w2_next, s2_next, o2_next = _load_step(
-                data_ptr, scale_ptr, offset_ptr, other, num_scales, ahead, K, GROUP, BITS, FORM, BLOCK_K, EVEN
+                data_ptr, numbers_ptr, other, num_scales, ahead, K, GROUP, BITS, FORM, BLOCK_K, EVEN
             )  # fmt: skip
         at = start + k
         x_low = tl.load(x_ptr + at, mask=at < K, other=0.0).to(tl.float32)
         x_high = x_low
         if BITS == 4:
-            x_high = tl.load(x_ptr + at + 16, mask=at + 16 < K, other=0.0).to(tl.float32)
+            x_high = tl.load(x_ptr + at + 8, mask=at + 8 < K, other=0.0).to(tl.float32)
         if HAS_NORM:
             squares += x_low * x_low
             x_low *= tl.load(norm_ptr + at, mask=at < K, other=0.0).to(tl.float32)
             if BITS == 4:
                 squares += x_high * x_high
-                x_high *= tl.load(norm_ptr + at + 16, mask=at + 16 < K, other=0.0).to(tl.float32)
+                x_high *= tl.load(norm_ptr + at + 8, mask=at + 8 < K, other=0.0).to(tl.float32)
         x_all = x_low
         if BITS == 4:
             x_all = x_low + x_high

@@ -16,38 +16,41 @@ import triton
 import triton.language as tl
 
 from vserve.kernels.early import await_inputs
-from vserve.kernels.grouped_row import MINIMUM, add_groups, finish_row
+from vserve.kernels.grouped_row import add_groups, finish_row, load_group
 
 _HALVES = {
-    torch.bfloat16: "shl.b32 c, SRC, 16; mov.b32 A, c; and.b32 c, SRC, 0xFFFF0000; mov.b32 B, c;",
-    torch.float16: "mov.b32 {h0, h1}, SRC; cvt.f32.f16 A, h0; cvt.f32.f16 B, h1;",
+    torch.bfloat16: "shl.b32 c, SRC, 16; mov.b32 A, c; and.b32 c, SRC, 0xFFFF0000; mov.b32 B, c; ",
+    torch.float16: "mov.b32 {h0, h1}, SRC; cvt.f32.f16 A, h0; cvt.f32.f16 B, h1; ",
 }
 """A pair of numbers in a register -> two fp32."""
 
 
-def _unpack(dtype: torch.dtype, source: str, to: list[str]) -> str:
-    """PTX: four numbers of dtype in a 64-bit register -> four fp32 registers."""
-    halves = [_HALVES[dtype].replace("SRC", f"p{i}").replace("A,", f"{a},").replace("B,", f"{b},")
-              for i, (a, b) in enumerate(((to[0], to[1]), (to[2], to[3])))]  # fmt: skip
-    return f"mov.b64 {{p0, p1}}, {source}; " + " ".join(halves)
-
-
-def _inputs(dtype: torch.dtype, count: int, sources: list[str], norms: list[str]) -> str:
-    """PTX: count numbers of x in x0, x1, ..., times those of a norm where there is one."""
-    text = "".join(_unpack(dtype, source, [f"x{4 * i + j}" for j in range(4)]) for i, source in enumerate(sources))
-    if norms:
-        text += "".join(_unpack(dtype, norm, [f"n{4 * i + j}" for j in range(4)]) for i, norm in enumerate(norms))
+def _unpack(kind: str, dtype: torch.dtype, sources: list[str], to: str) -> str:
+    """PTX: the numbers of dtype in sources, registers of 32 bits (int4) or of 64 -> fp32 registers to0, to1, ..."""
+    text = ""
+    for place, source in enumerate(sources):
+        parts = [source]
+        if kind != "int4":
+            text += f"mov.b64 {{p0, p1}}, {source}; "
+            parts = ["p0", "p1"]
+        for i, part in enumerate(parts):
+            first = 2 * (place * len(parts) + i)
+            made = _HALVES[dtype].replace("SRC", part)
+            text += made.replace("A,", f"{to}{first},").replace("B,", f"{to}{first + 1},")
     return text
 
 
 _REGISTERS = ".reg .b32 p0, p1, u, t, c; .reg .b16 h0, h1; .reg .f32 v, x<8>, n<8>; "
 
-_NIBBLES = (("u", 12), ("$1", 8), ("$1", 16), ("t", 12), ("u", 16), ("$1", 12), ("t", 8), ("t", 16))
-"""Where the low halves of a word's four bytes lie, then the high ones: bits 8, 12 or 16 and up of the word ($1), of it
-shifted left by 12 (u) or shifted right by 12 (t).
+_NIBBLES = (("u", 12), ("$1", 16), ("u", 16), ("t", 8), ("$1", 8), ("t", 12), ("$1", 12), ("t", 16))
+"""Where a word's integers lie, by pairs of neighbouring inputs (packed.py): bits 8, 12 or 16 and up of the word ($1),
+of it shifted left by 12 (u) or right by 12 (t).
 
-There they are the mantissa of 2^15, 2^11 or 2^7, without a shift for each; the sum of 32 products
-is off by 1e-4 of itself at most."""
+There they are the mantissa of 2^15, 2^11 or 2^7, without a shift for each; the sum of 32 products is off by 1e-4 of
+itself at most."""
+
+_SOURCES = {"int4": 4, "int8": 1, "float8": 1}
+"""Registers of x that belong to a word: pairs, or one of four numbers."""
 
 
 def _exponent(bit: int) -> int:
@@ -57,12 +60,11 @@ def _exponent(bit: int) -> int:
 
 def _word_product(kind: str, dtype: torch.dtype, normed: bool) -> str:
     """PTX: the sum of a word's weights times x.  kind: int4 (_NIBBLES too large), int8, float8.  $0 <- $1, x, norm."""
-    count = 2 if kind == "int4" else 1
-    sources = [f"${2 + i}" for i in range(count)]
-    norms = [f"${2 + count + i}" for i in range(count)] if normed else []
-    text = "{ " + _REGISTERS + _inputs(dtype, 4 * count, sources, norms)
+    count, numbers = _SOURCES[kind], 8 if kind == "int4" else 4
+    text = "{ " + _REGISTERS + _unpack(kind, dtype, [f"${2 + i}" for i in range(count)], "x")
     if normed:
-        text += "".join(f"mul.f32 x{i}, x{i}, n{i}; " for i in range(4 * count))
+        text += _unpack(kind, dtype, [f"${2 + count + i}" for i in range(count)], "n")
+        text += "".join(f"mul.f32 x{i}, x{i}, n{i}; " for i in range(numbers))
     weights: list[str] = []
     if kind == "int4":
         text += "shl.b32 u, $1, 12; shr.u32 t, $1, 12; "
@@ -86,12 +88,12 @@ def _word_product(kind: str, dtype: torch.dtype, normed: bool) -> str:
 def _word_sums(kind: str, dtype: torch.dtype, normed: bool) -> str:
     """PTX: the sum of a word's inputs (times the norm), the same with what each weight is too large by, and the squares
     of the inputs (without the norm).  $0, $1, $2 <- x, norm."""
-    count = 2 if kind == "int4" else 1
-    sources = [f"${3 + i}" for i in range(count)]
-    norms = [f"${3 + count + i}" for i in range(count)] if normed else []
-    text = "{ " + _REGISTERS + _inputs(dtype, 4 * count, sources, norms)
+    count, numbers = _SOURCES[kind], 8 if kind == "int4" else 4
+    text = "{ " + _REGISTERS + _unpack(kind, dtype, [f"${3 + i}" for i in range(count)], "x")
+    if normed:
+        text += _unpack(kind, dtype, [f"${3 + count + i}" for i in range(count)], "n")
     text += "mov.f32 $0, 0f00000000; mov.f32 $1, 0f00000000; mov.f32 $2, 0f00000000; "
-    for i in range(4 * count):
+    for i in range(numbers):
         if normed:
             text += f"fma.rn.f32 $2, x{i}, x{i}, $2; mul.f32 x{i}, x{i}, n{i}; "
         base = _exponent(_NIBBLES[i][1]) if kind == "int4" else 0
@@ -107,7 +109,7 @@ def code(kind: str, dtype: torch.dtype, normed: bool) -> tuple[str, str]:
 
 @triton.jit
 def _load_words(
-    data_ptr, scale_ptr, offset_ptr, row, num_scales, start,
+    data_ptr, numbers_ptr, row, num_scales, start,
     K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, FORM: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -120,56 +122,79 @@ def _load_words(
     place = (c // GROUP)[None, :] * num_scales + row[:, None]
     if EVEN:
         w = tl.load(at, eviction_policy="evict_first")
-        scale = tl.load(scale_ptr + place)
-        offset = scale
-        if FORM <= MINIMUM:
-            offset = tl.load(offset_ptr + place)
     else:
         w = tl.load(at, mask=(q < K * BITS // 32)[None, :], other=0, eviction_policy="evict_first")
-        scale = tl.load(scale_ptr + place, mask=(c < K)[None, :], other=0.0)
-        offset = scale
-        if FORM <= MINIMUM:
-            offset = tl.load(offset_ptr + place, mask=(c < K)[None, :], other=0.0)
+    scale, offset = load_group(numbers_ptr, place, (c < K)[None, :], FORM, EVEN, False)
     return w, scale, offset
 
 
 @triton.jit
 def _word_parts(
-    w, x, x2, n, n2, PRODUCT: tl.constexpr, BITS: tl.constexpr, HAS_NORM: tl.constexpr,
-    ROWS: tl.constexpr, Q: tl.constexpr,
+    w, x, n, PRODUCT: tl.constexpr, BITS: tl.constexpr, HAS_NORM: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
-    # w int32 [ROWS, Q], x and n int64 [1, Q]: four numbers each -> sums of 16 bytes [ROWS, Q / 4]
+    # w int32 [ROWS, Q], x and n as _load_inputs has them -> sums of 16 bytes [ROWS, Q / 4]
     if BITS == 4:
         if HAS_NORM:
-            products = tl.inline_asm_elementwise(PRODUCT, "=f,r,l,l,l,l", [w, x, x2, n, n2], tl.float32, True, 1)
+            products = tl.inline_asm_elementwise(
+                PRODUCT, "=f,r,r,r,r,r,r,r,r,r",
+                [w, x[0][None, :], x[1][None, :], x[2][None, :], x[3][None, :],
+                 n[0][None, :], n[1][None, :], n[2][None, :], n[3][None, :]], tl.float32, True, 1,
+            )  # fmt: skip
         else:
-            products = tl.inline_asm_elementwise(PRODUCT, "=f,r,l,l", [w, x, x2], tl.float32, True, 1)
+            products = tl.inline_asm_elementwise(
+                PRODUCT, "=f,r,r,r,r,r", [w, x[0][None, :], x[1][None, :], x[2][None, :], x[3][None, :]], tl.float32,
+                True, 1,
+            )  # fmt: skip
     elif HAS_NORM:
-        products = tl.inline_asm_elementwise(PRODUCT, "=f,r,l,l", [w, x, n], tl.float32, True, 1)
+        products = tl.inline_asm_elementwise(
+            PRODUCT, "=f,r,l,l", [w, x[0][None, :], n[0][None, :]], tl.float32, True, 1
+        )  # fmt: skip
     else:
-        products = tl.inline_asm_elementwise(PRODUCT, "=f,r,l", [w, x], tl.float32, True, 1)
+        products = tl.inline_asm_elementwise(PRODUCT, "=f,r,l", [w, x[0][None, :]], tl.float32, True, 1)
     return tl.sum(tl.reshape(products, [ROWS, Q // 4, 4]), axis=2)
 
 
 @triton.jit
-def _load_fours(x_ptr, start, K: tl.constexpr, BITS: tl.constexpr, Q: tl.constexpr, EVEN: tl.constexpr):
-    # the numbers that belong to Q words from K = start, four in an int64: [Q] twice (8 bits: twice the same)
+def _load_inputs(x_ptr, start, K: tl.constexpr, BITS: tl.constexpr, Q: tl.constexpr, EVEN: tl.constexpr):
+    # the numbers that belong to Q words from K = start: 8 bits [Q] int64, four each; 4 bits four times [Q] int32, pairs
     q = tl.arange(0, Q)
-    k = q
     if BITS == 4:
-        k = q // 4 * 8 + q % 4
-    at = start // 4 + k
-    if EVEN:
-        x = tl.load(x_ptr + at)
-        x2 = x
-        if BITS == 4:
-            x2 = tl.load(x_ptr + at + 4)
+        at = start // 2 + q // 4 * 16 + q % 4
+        if EVEN:
+            x = (tl.load(x_ptr + at), tl.load(x_ptr + at + 4), tl.load(x_ptr + at + 8), tl.load(x_ptr + at + 12))
+        else:
+            inside = at < K // 2
+            x = (
+                tl.load(x_ptr + at, mask=inside, other=0), tl.load(x_ptr + at + 4, mask=inside, other=0),
+                tl.load(x_ptr + at + 8, mask=inside, other=0), tl.load(x_ptr + at + 12, mask=inside, other=0),
+            )  # fmt: skip
+    elif EVEN:
+        x = (tl.load(x_ptr + start // 4 + q),)
     else:
-        x = tl.load(x_ptr + at, mask=at < K // 4, other=0)
-        x2 = x
-        if BITS == 4:
-            x2 = tl.load(x_ptr + at + 4, mask=at + 4 < K // 4, other=0)
-    return x, x2
+        x = (tl.load(x_ptr + start // 4 + q, mask=start // 4 + q < K // 4, other=0),)
+    return x
+
+
+@triton.jit
+def _input_sums(x, n, SUMS: tl.constexpr, BITS: tl.constexpr, HAS_NORM: tl.constexpr):
+    # what _word_sums says, [Q] each
+    if BITS == 4:
+        if HAS_NORM:
+            sums = tl.inline_asm_elementwise(
+                SUMS, "=f,=f,=f,r,r,r,r,r,r,r,r", [x[0], x[1], x[2], x[3], n[0], n[1], n[2], n[3]],
+                (tl.float32, tl.float32, tl.float32), True, 1,
+            )  # fmt: skip
+        else:
+            sums = tl.inline_asm_elementwise(
+                SUMS, "=f,=f,=f,r,r,r,r", [x[0], x[1], x[2], x[3]], (tl.float32, tl.float32, tl.float32), True, 1
+            )
+    elif HAS_NORM:
+        sums = tl.inline_asm_elementwise(
+            SUMS, "=f,=f,=f,l,l", [x[0], n[0]], (tl.float32, tl.float32, tl.float32), True, 1
+        )
+    else:
+        sums = tl.inline_asm_elementwise(SUMS, "=f,=f,=f,l", [x[0]], (tl.float32, tl.float32, tl.float32), True, 1)
+    return sums
 
 
 @triton.jit
@@ -180,46 +205,28 @@ def _add_words(
     EVEN: tl.constexpr,
 ):  # fmt: skip
     # sums (and more) [ROWS, Q / 4] += the weights w (and w2) times x at start, squares [Q] += x^2
-    x, x2 = _load_fours(x_ptr, start, K, BITS, Q, EVEN)
-    n, n2 = x, x2
+    x = _load_inputs(x_ptr, start, K, BITS, Q, EVEN)
+    n = x
     if HAS_NORM:
-        n, n2 = _load_fours(norm_ptr, start, K, BITS, Q, EVEN)
-    if BITS == 4:
-        if HAS_NORM:
-            x_all, x_over, x_squares = tl.inline_asm_elementwise(
-                SUMS, "=f,=f,=f,l,l,l,l", [x, x2, n, n2], (tl.float32, tl.float32, tl.float32), True, 1
-            )
-        else:
-            x_all, x_over, x_squares = tl.inline_asm_elementwise(
-                SUMS, "=f,=f,=f,l,l", [x, x2], (tl.float32, tl.float32, tl.float32), True, 1
-            )
-    elif HAS_NORM:
-        x_all, x_over, x_squares = tl.inline_asm_elementwise(
-            SUMS, "=f,=f,=f,l,l", [x, n], (tl.float32, tl.float32, tl.float32), True, 1
-        )
-    else:
-        x_all, x_over, x_squares = tl.inline_asm_elementwise(
-            SUMS, "=f,=f,=f,l", [x], (tl.float32, tl.float32, tl.float32), True, 1
-        )
+        n = _load_inputs(norm_ptr, start, K, BITS, Q, EVEN)
+    x_all, x_over, x_squares = _input_sums(x, n, SUMS, BITS, HAS_NORM)
     squares += x_squares
     x_sum = tl.sum(tl.reshape(x_all, [Q // 4, 4]), axis=1)
     over = tl.sum(tl.reshape(x_over, [Q // 4, 4]), axis=1)[None, :]
-    x, x2, n, n2 = x[None, :], x2[None, :], n[None, :], n2[None, :]
-    products = _word_parts(w, x, x2, n, n2, PRODUCT, BITS, HAS_NORM, ROWS, Q) - over
+    products = _word_parts(w, x, n, PRODUCT, BITS, HAS_NORM, ROWS, Q) - over
     sums = add_groups(sums, products, s, o, x_sum, CENTRE_AT, FORM)
     if GATED:
-        products = _word_parts(w2, x, x2, n, n2, PRODUCT, BITS, HAS_NORM, ROWS, Q) - over
+        products = _word_parts(w2, x, n, PRODUCT, BITS, HAS_NORM, ROWS, Q) - over
         more = add_groups(more, products, s2, o2, x_sum, CENTRE_AT, FORM)
     return sums, more, squares
 
 
 @triton.jit
 def words(
-    x_ptr,  # [K / 4] int64: four numbers each
+    x_ptr,  # 4 bits [K / 2] int32: pairs of numbers; 8 bits [K / 4] int64: four each
     data_ptr,  # [N, K * BITS / 32] int32, gated [2 F, ...]
-    scale_ptr,  # [K / GROUP, N]
-    offset_ptr,  # [K / GROUP, N]
-    norm_ptr,  # [K / 4] int64
+    numbers_ptr,  # [K / GROUP, N], or [K / GROUP, N, 2] with offsets
+    norm_ptr,  # as x_ptr
     bias_ptr,  # [N] or [2 F]
     residual_ptr,  # [N]
     y_ptr,  # [N] or [F]
@@ -248,11 +255,11 @@ def words(
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(n, num_out - 1).to(tl.int64)
     other = row + num_out
-    w, s, o = _load_words(data_ptr, scale_ptr, offset_ptr, row, num_scales, 0, K, GROUP, BITS, FORM, BLOCK_K, EVEN)
+    w, s, o = _load_words(data_ptr, numbers_ptr, row, num_scales, 0, K, GROUP, BITS, FORM, BLOCK_K, EVEN)
     w2, s2, o2 = w, s, o
     if GATED:
         w2, s2, o2 = _load_words(
-            data_ptr, scale_ptr, offset_ptr, other, num_scales, 0, K, GROUP, BITS, FORM, BLOCK_K, EVEN
+            data_ptr, numbers_ptr, other, num_scales, 0, K, GROUP, BITS, FORM, BLOCK_K, EVEN
         )  # fmt: skip
     await_inputs(EARLY)
     sums = tl.zeros([ROWS, Q // 4], tl.float32)
@@ -261,12 +268,12 @@ def words(
     for start in range(0, LAST, BLOCK_K):
         # The next weights are asked for before the present ones are used.
         w_next, s_next, o_next = _load_words(
-            data_ptr, scale_ptr, offset_ptr, row, num_scales, start + BLOCK_K, K, GROUP, BITS, FORM, BLOCK_K, EVEN
+            data_ptr, numbers_ptr, row, num_scales, start + BLOCK_K, K, GROUP, BITS, FORM, BLOCK_K, EVEN
         )  # fmt: skip
         w2_next, s2_next, o2_next = w_next, s_next, o_next
         if GATED:
             w2_next, s2_next, o2_next = _load_words(
-                data_ptr, scale_ptr, offset_ptr, other, num_scales, start + BLOCK_K, K, GROUP, BITS, FORM, BLOCK_K, EVEN
+                data_ptr, numbers_ptr, other, num_scales, start + BLOCK_K, K, GROUP, BITS, FORM, BLOCK_K, EVEN
             )  # fmt: skip
         sums, more, squares = _add_words(
             sums, more, squares, x_ptr, norm_ptr, start, w, s, o, w2, s2, o2, K, BITS, FORM, CENTRE_AT, HAS_NORM, GATED,

@@ -3,11 +3,13 @@
     form ZERO:     w[n, k] = scale[g, n] * (q[n, k] - offset[g, n])        g = k // group
     form MINIMUM:  w[n, k] = scale[g, n] * q[n, k] + offset[g, n]
     form CENTRE:   w[n, k] = scale[g, n] * (q[n, k] - centre)
-    form FLOAT:    w[n, k] = scale[g, n] * e4m3(q[n, k])
+    form FLOAT:    w[n, k] = scale[n] * e4m3(q[n, k]), one group
 
-8 bits: a byte a weight, in order.  4 bits: of each 32 inputs, byte j holds k + j in its low half and k + 16 + j in its
-high one, so that 16 bytes, one load of a thread, are 32 weights of one group.  Scales lie by group, since a program
-reads those of neighbouring outputs together.  Plain PyTorch, on any device; the twin of what the kernels compute.
+8 bits: a byte a weight, in order.  4 bits: 32 inputs are 16 bytes, one load of a thread, so of one group.  Of them word
+t, for t of 0 to 3, holds k + 2 t + (0, 8, 16, 24) from the lowest bits up and behind these the same + 1: a word is what
+one thread hands the matrix units of 32 inputs, and a mask and a shift make a pair of numbers of it.  Scales lie by
+group, since a program reads those of neighbouring outputs together, each beside its offset: one load takes both.  Plain
+PyTorch, on any device; the twin of what the kernels compute.
 """
 
 from __future__ import annotations
@@ -36,16 +38,19 @@ class Form(IntEnum):
     CENTRE = 2
     FLOAT = 3
 
+    @property
+    def has_offset(self) -> bool:
+        return self <= Form.MINIMUM
+
 
 class Packed(NamedTuple):
-    """data uint8 [N, K * bits / 8] contiguous; scale, offset [K / group, N], offset None for CENTRE and FLOAT.
+    """data uint8 [N, K * bits / 8] contiguous; numbers [K / group, N], scales, or [K / group, N, 2] with their offsets.
 
     counters int32 [_SPLIT_TILES], zero between two products: how many parts of a tile are done.
     """
 
     data: Tensor
-    scale: Tensor
-    offset: Tensor | None
+    numbers: Tensor
     bits: int
     group: int
     form: Form
@@ -62,22 +67,33 @@ class Packed(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return self.data.nbytes + self.scale.nbytes + (0 if self.offset is None else self.offset.nbytes)
+        return self.data.nbytes + self.numbers.nbytes
+
+    @property
+    def scale(self) -> Tensor:
+        """[K / group, N]."""
+        return self.numbers[..., 0] if self.form.has_offset else self.numbers
+
+    @property
+    def offset(self) -> Tensor | None:
+        """[K / group, N]."""
+        return self.numbers[..., 1] if self.form.has_offset else None
 
 
 def pack(q: Tensor, scale: Tensor, offset: Tensor | None, *, bits: int, form: Form, centre: int = 0) -> Packed:
-    """q uint8 [N, K], below 2 ** bits; scale, offset [N, K / group], in the type to keep them in.  All are copied."""
+    """q uint8 [N, K], below 2 ** bits; scale, offset [N, K / group], of one type, to keep them in.  All are copied."""
     assert bits in (4, 8)
     inputs = q.shape[1]
     group = inputs // scale.shape[1]
     assert group * scale.shape[1] == inputs
     assert fits(inputs, bits, group)
-    assert (offset is None) == (form in (Form.CENTRE, Form.FLOAT))
+    assert (offset is not None) == form.has_offset
+    assert form is not Form.FLOAT or group == inputs
     data = q.contiguous() if bits == 8 else _nibbles(q)
+    numbers = scale.t().contiguous() if offset is None else torch.stack((scale.t(), offset.t()), dim=2)
     return Packed(
         data,
-        scale.t().contiguous(),
-        None if offset is None else offset.t().contiguous(),
+        numbers,
         bits,
         group,
         form,
@@ -96,9 +112,9 @@ def integers(weight: Packed) -> Tensor:
     """q uint8 [N, K], what ``pack`` was given."""
     if weight.bits == 8:
         return weight.data
-    low, high = weight.data & 0x0F, weight.data >> 4
-    runs = (weight.outputs, -1, CHUNK // 2)
-    return torch.cat((low.view(runs), high.view(runs)), dim=2).view(weight.outputs, weight.inputs)
+    halves = torch.stack((weight.data & 0x0F, weight.data >> 4), dim=2)
+    # Places in memory: chunk, t, + 1, + 16, + 8.
+    return halves.view(weight.outputs, -1, 4, 2, 2, 2).permute(0, 1, 4, 5, 2, 3).reshape(weight.outputs, weight.inputs)
 
 
 def dense(weight: Packed, dtype: torch.dtype) -> Tensor:
@@ -116,5 +132,6 @@ def dense(weight: Packed, dtype: torch.dtype) -> Tensor:
 
 
 def _nibbles(q: Tensor) -> Tensor:
-    runs = q.view(q.shape[0], -1, 2, CHUNK // 2)
-    return (runs[:, :, 0] | (runs[:, :, 1] << 4)).view(q.shape[0], -1)
+    # Places of an input: chunk, + 16, + 8, + 2 t, + 1.
+    placed = q.view(q.shape[0], -1, 2, 2, 4, 2).permute(0, 1, 4, 5, 2, 3)
+    return (placed[..., 0] | (placed[..., 1] << 4)).reshape(q.shape[0], -1)

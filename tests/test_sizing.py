@@ -79,12 +79,21 @@ def test_only_the_linear_layers_of_the_blocks_are_quantised() -> None:
     assert taken == weight_bytes(config, 2) - layers + 4 * outputs + 3 * 4 * COUNTERS_BYTES
 
 
-def test_experts_and_their_routers_stay_plain() -> None:
+def test_experts_are_packed_and_their_routers_are_not() -> None:
     config = ModelConfig.from_json(config_json("mixtral"))
-    attention = config.num_layers * 2 * (config.num_heads + config.num_kv_heads) * config.head_dim * config.hidden_size
-    packed = weight_bytes(config, 2, Quantisation("awq", 4, None)) - 2 * COUNTERS_BYTES * config.num_layers
-    outputs = config.num_layers * ((config.num_heads + 2 * config.num_kv_heads) * config.head_dim + config.hidden_size)
-    assert packed == weight_bytes(config, 2) - attention * 2 + attention // 2 + 2 * outputs
+    assert config.experts is not None
+    layers, width, inner, count = config.num_layers, config.hidden_size, config.intermediate_size, config.experts.count
+    attention = layers * 2 * (config.num_heads + config.num_kv_heads) * config.head_dim * width
+    experts = layers * count * 3 * width * inner
+    outputs = layers * ((config.num_heads + 2 * config.num_kv_heads) * config.head_dim + width)
+    counters = 2 * COUNTERS_BYTES * layers
+    plain = weight_bytes(config, 2)
+    in_order = weight_bytes(config, 2, Quantisation("gptq", 4, None)) - counters
+    both = attention + experts
+    assert in_order == plain - both * 2 + both // 2 + 2 * (outputs + layers * count * (2 * inner + width))
+    orders = 8 * layers * (width + config.num_heads * config.head_dim)
+    in_orders = weight_bytes(config, 2, Quantisation("gptq", 4, None, row_bytes=8)) - counters
+    assert in_orders >= plain - attention * 2 + attention // 2 + 2 * outputs + orders
 
 
 @given(
@@ -156,8 +165,9 @@ def test_more_tokens_in_a_step_reserve_more_and_graphs_have_a_largest_size() -> 
     [
         (None, 8192, 0),
         (Quantisation("fp8", 8, is_float=True), 8192, 0),
-        (Quantisation("awq", 4, 128), WRITTEN_ROWS, 0),
-        (Quantisation("awq", 4, 128), WRITTEN_ROWS + 1, 2 * 14336 * 4096),
+        (Quantisation("awq", 4, 128), WRITTEN_ROWS[4], 0),
+        (Quantisation("awq", 4, 128), WRITTEN_ROWS[4] + 1, 2 * 14336 * 4096),
+        (Quantisation("gptq", 8, 128), WRITTEN_ROWS[8] + 1, 2 * 14336 * 4096),
     ],
 )
 def test_steps_of_many_rows_reserve_the_largest_matrix_written_out(
@@ -177,5 +187,6 @@ def test_a_packed_head_is_written_out_for_many_draws() -> None:
     form = GgufTensors({HEAD: head})
     plain = GgufTensors({HEAD: dataclasses.replace(head, kind=Kind.F16)})
     assert written_numbers(config, plain, tokens=512, draws=512) == 0
-    numbers = [written_numbers(config, form, tokens=512, draws=draws) for draws in (WRITTEN_ROWS, WRITTEN_ROWS + 1)]
+    most = WRITTEN_ROWS[8]
+    numbers = [written_numbers(config, form, tokens=512, draws=draws) for draws in (most, most + 1)]
     assert numbers == [2 * 14336 * 4096, 128256 * 4096]

@@ -64,8 +64,9 @@ class Quantisation:
         return cls(found.method.value, found.bits, found.group, zero_bits, 8 if found.ordered else 0)
 
     @property
-    def has_integers(self) -> bool:
-        return not self.is_float
+    def written_rows(self) -> int | None:
+        """Rows above which a product writes the integers out; None: never."""
+        return None if self.is_float else WRITTEN_ROWS[self.bits]
 
     def fits(self, outputs: int, inputs: int) -> bool:
         """Whether a layer of this size can be packed; else it is plain."""
@@ -90,9 +91,9 @@ class GgufTensors:
         return "gguf"
 
     @property
-    def has_integers(self) -> bool:
-        """False for a file of plain numbers alone."""
-        return bool(self.packed())
+    def written_rows(self) -> int | None:
+        """Rows above which some product writes its integers out; None for a file of plain numbers alone."""
+        return min((WRITTEN_ROWS[form.bits] for form in self.packed().values()), default=None)
 
     def packed(self) -> dict[str, Quantisation]:
         """How each matrix that stays packed lies on a GPU."""
@@ -131,8 +132,8 @@ BLOCKS: Final[Mapping[Kind, Quantisation]] = {
 """How GGUF blocks lie on a GPU: their integers in 4 or 8 bits, scales and minima in float16."""
 COUNTERS_BYTES: Final = 4 << 13
 """Beside every packed matrix, for the programs of one product to join their sums."""
-WRITTEN_ROWS: Final = 128
-"""A product of more rows writes packed integers out as plain numbers (kernels/grouped.py's MATRIX_ROWS)."""
+WRITTEN_ROWS: Final = {4: 512, 8: 128}
+"""Bits -> a product of more rows writes packed integers out as plain numbers (kernels/grouped.py's MOST_ROWS)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,27 +183,31 @@ def weight_bytes(
 ) -> int:
     """Bytes of all weights on a GPU: a tied head is the embedding, and counts once.
 
-    Embeddings, norms, the head, routers and experts stay plain, but for a GGUF file's head.
+    Embeddings, norms, the head and routers stay plain, but for a GGUF file's head; so do experts whose inputs lie in
+    orders of their own.
     """
     if isinstance(quantisation, GgufTensors):
         return quantisation.weight_bytes(config, element_bytes)
     taken = sum(math.prod(shape) for shape in expected_shapes(config).values()) * element_bytes
     if quantisation is None:
         return taken
-    for outputs, inputs in _quantised_shapes(config):
+    for outputs, inputs in _quantised_shapes(config, experts=not quantisation.row_bytes):
         if quantisation.fits(outputs, inputs):
             taken += quantisation.layer_bytes(outputs, inputs) - outputs * inputs * element_bytes
     return taken + _counter_bytes(config)
 
 
-def _quantised_shapes(config: ModelConfig) -> Iterator[tuple[int, int]]:
-    """(outputs, inputs) of every matrix of the layers that a quantised checkpoint keeps packed on a GPU."""
+def _quantised_shapes(config: ModelConfig, *, experts: bool) -> Iterator[tuple[int, int]]:
+    """(outputs, inputs) of every matrix of the layers that a quantised checkpoint keeps packed on a GPU.
+
+    experts: whether those of experts are among them.
+    """
     names = family_of(config.architecture).names
     expert = "." + names.expert.partition("{")[0]
     for module, outputs, inputs, _ in linear_shapes(config, names):
         in_layer = any(part.isdigit() for part in module.split("."))
-        of_experts = config.experts is not None and (expert in module or module.endswith(names.router))
-        if in_layer and not of_experts:
+        is_plain = config.experts is not None and (module.endswith(names.router) or (expert in module and not experts))
+        if in_layer and not is_plain:
             yield outputs, inputs
 
 
@@ -236,17 +241,20 @@ def written_numbers(
     config: ModelConfig, quantisation: Quantisation | GgufTensors | None, *, tokens: int, draws: int
 ) -> int:
     """Numbers of the largest matrix that a step writes out for its products, one matrix at a time; 0 for none."""
-    if quantisation is None or not quantisation.has_integers:
+    most = None if quantisation is None else quantisation.written_rows
+    if most is None:
         return 0
     width, sizes = config.hidden_size, [0]
-    if tokens > WRITTEN_ROWS:
+    if tokens > most:
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         sizes += [(queries + 2 * keys) * width, queries * width]
         if not all(config.has_experts(layer) for layer in range(config.num_layers)):
             sizes.append((2 if config.gated else 1) * config.intermediate_size * width)
     # A head has as many rows as are drawn from.
-    if draws > WRITTEN_ROWS and isinstance(quantisation, GgufTensors) and not config.tie_embeddings:
-        sizes += [math.prod(quantisation.tensors[HEAD].shape)] if HEAD in quantisation.packed() else []
+    if isinstance(quantisation, GgufTensors) and not config.tie_embeddings:
+        form = quantisation.packed().get(HEAD)
+        if form is not None and draws > WRITTEN_ROWS[form.bits]:
+            sizes.append(math.prod(quantisation.tensors[HEAD].shape))
     return max(sizes)
 
 

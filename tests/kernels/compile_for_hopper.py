@@ -24,18 +24,36 @@ def compile_launch(name: str, what: ASTSource, options: dict[str, object]) -> No
 
 catch(compile_launch)
 
-from vserve.kernels import attention_decode, attention_prefill, fp8, gemv, grouped, moe, norm, rope, sampling  # noqa: E402
+from vserve.kernels import (  # noqa: E402
+    attention_decode,
+    attention_prefill,
+    experts,
+    fp8,
+    gemv,
+    grouped,
+    moe,
+    norm,
+    rope,
+    route,
+    sampling,
+)
 from vserve.kernels.activation import activate, gated, silu_mul  # noqa: E402
+from vserve.kernels.moe_packed import new_stack  # noqa: E402
 from vserve.kernels.packed import Form, Packed  # noqa: E402
 
 grouped._asm = lambda x: x.dtype != torch.float32  # what is compiled lies on a CPU here
 
 
+SIZES = ((1536, 2048), (2048, 768))
+"""Of the two products of an expert."""
+
+
 def grouped_weight(outputs: int, inputs: int, bits: int, group: int, form: Form) -> Packed:
-    numbers = some(inputs // group, outputs, dtype=torch.float16)
+    sides = (2,) if form.has_offset else ()
+    numbers = some(inputs // group, outputs, *sides, dtype=torch.float32 if form is Form.FLOAT else torch.float16)
     data = some(outputs, inputs * bits // 8, dtype=torch.uint8)
     counters = some(8192, dtype=torch.int32)
-    return Packed(data, numbers, numbers if form <= Form.MINIMUM else None, bits, group, form, 8, counters)
+    return Packed(data, numbers, bits, group, form, 8, counters)
 
 
 def main() -> None:
@@ -88,9 +106,11 @@ def main() -> None:
     for activation in ("relu", "gelu", "gelu_tanh"):
         activate(some(rows, 2048), activation)
         gated(some(rows, 2048), activation)
-    for m in (1, 40):
-        chosen = torch.zeros(m, 8, dtype=int64)
-        moe.experts(some(m, 2048), chosen, some(m, 8, dtype=single), some(16, 1536, 2048), some(16, 2048, 768))
+    for m in (1, 2, 40):
+        routes = route.route(some(m, 16), 8, normalised=True, early=m == 1)
+        stacks = some(16, 1536, 2048), some(16, 2048, 768)
+        moe.few(some(m, 2048), some(2048), 1e-5, routes, *stacks, early=m == 1)
+        experts.many(some(m, 2048), routes, *stacks, some(m, 2048), early=m == 1)
     for bits, group, form in ((4, 128, Form.ZERO), (4, 32, Form.MINIMUM), (8, 16, Form.CENTRE), (8, 2048, Form.FLOAT)):
         for dtype in (torch.bfloat16, torch.float16, single):
             weight = grouped_weight(4096, 2048, bits, group, form)
@@ -99,6 +119,10 @@ def main() -> None:
             grouped.gated_row(x, weight, norm=width, early=True)
             grouped.linear(some(16, 2048, dtype=dtype), weight, bias=some(4096, dtype=dtype))
         grouped.write_out(weight, torch.bfloat16)
+        routes = route.route(some(24, 16), 8, normalised=False)
+        stacks = [new_stack(16, grouped_weight(*size, bits, min(group, size[1]), form)) for size in SIZES]
+        experts.many(some(24, 2048), routes, *stacks)
+        experts.many(some(1, 2048), routes, *stacks, early=True)
     fp8.quantise_rows(some(4, 2048), norm=some(2048))
 
 

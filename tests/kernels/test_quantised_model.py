@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from default_model import default_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from tests.model import quantised
 from tests.model.driving import Driver, distance, judged, random_model
-from vserve.kernels.grouped import MATRIX_ROWS
+from vserve.kernels.grouped import MOST_ROWS
 from vserve.model.gpu_decoder import GpuDecoder
 from vserve.model.loader import load_weights
 from vserve.model.source import resolve
@@ -38,6 +38,29 @@ def test_logits_are_those_of_the_dense_model(
     assert decoder._fused is not None or name == "gptq act-order"
     # Several rows at once and single ones: both kernels.
     assert distance(Driver(decoder, 24).logits(ids, [6, 1]), judged(judge, ids)) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq sym", "gptq act-order", "fp8 row"])
+def test_mixtures_of_packed_experts_are_the_dense_ones_and_take_what_is_planned(
+    name: str, device: torch.device, tmp_path: Path
+) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 97}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    torch.manual_seed(3)
+    config = MixtralConfig(**shape, **heads, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.15)
+    MixtralForCausalLM(config).eval().save_pretrained(tmp_path / "dense")
+    make, settings = quantised.CHECKPOINTS[name]
+    quantised.quantise(tmp_path / "packed", tmp_path / "dense", make, settings)
+    judge = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    ids = torch.randint(0, 97, (9,), generator=torch.Generator().manual_seed(2)).tolist()
+    source = resolve(str(tmp_path / "packed"), environ={})
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    decoder = load_weights(source.open_weights(), source.config, device=device, dtype=dtype, for_gpu=True)
+    assert isinstance(decoder, GpuDecoder)
+    assert distance(Driver(decoder, 24).logits(ids, [6, 1]), judged(judge, ids)) < LIMITS[dtype]
+    assert source.quantization is not None
+    planned = weight_bytes(source.config, dtype.itemsize, Quantisation.of(source.quantization))
+    assert held_bytes(decoder) == pytest.approx(planned, rel=0.4 if "act-order" in name else 0.005)
 
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "tie_word_embeddings": True}
@@ -96,4 +119,4 @@ def test_the_blocks_of_the_default_model_take_what_is_planned(device: torch.devi
 
 
 def test_plans_know_from_how_many_rows_weights_are_written_out() -> None:
-    assert WRITTEN_ROWS == MATRIX_ROWS
+    assert WRITTEN_ROWS == MOST_ROWS

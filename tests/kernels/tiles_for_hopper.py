@@ -11,7 +11,7 @@ import torch
 from hopper import catch, shared_bytes, some
 from triton.compiler import ASTSource
 
-KERNELS = {"_matrix", "shared_matrix", "_decode", "decode_e4m3", "_prefill", "_experts"}
+KERNELS = {"_matrix", "shared_matrix", "_decode", "decode_e4m3", "_prefill", "_tiles", "_packed_tiles"}
 seen: set[str] = set()
 what_runs = ""
 
@@ -27,9 +27,11 @@ def measure(name: str, what: ASTSource, options: dict[str, object]) -> None:
 
 catch(measure)
 
-from vserve.kernels import attention_decode, attention_prefill, gemv, grouped, moe  # noqa: E402
+from vserve.kernels import attention_decode, attention_prefill, experts, gemv, grouped  # noqa: E402
 from vserve.kernels.grouped_shapes import MEASURED  # noqa: E402
+from vserve.kernels.moe_packed import new_stack  # noqa: E402
 from vserve.kernels.packed import Form, Packed  # noqa: E402
+from vserve.kernels.route import Routes  # noqa: E402
 
 grouped._asm = lambda x: x.dtype != torch.float32  # what is measured lies on a CPU here
 
@@ -54,13 +56,17 @@ def plain(dtype: torch.dtype) -> None:
                 gemv.gated_gemv(x, weight, early=True)
 
 
+def packed_weight(outputs: int, inputs: int, bits: int, group: int, form: Form) -> Packed:
+    sides = (2,) if form.has_offset else ()
+    numbers = some(inputs // group, outputs, *sides, dtype=torch.float32 if form is Form.FLOAT else torch.float16)
+    data = some(outputs, inputs * bits // 8, dtype=torch.uint8)
+    return Packed(data, numbers, bits, group, form, 8, some(8192, dtype=torch.int32))
+
+
 def packed(dtype: torch.dtype) -> None:
     for bits, group, form in ((4, 32, Form.MINIMUM), (8, 0, Form.FLOAT)):
         for outputs, inputs in SIZES:
-            numbers = some(inputs // group if group else 1, outputs, dtype=torch.float16)
-            data = some(outputs, inputs * bits // 8, dtype=torch.uint8)
-            offset = numbers if form <= Form.MINIMUM else None
-            weight = Packed(data, numbers, offset, bits, group or inputs, form, 8, some(8192, dtype=torch.int32))
+            weight = packed_weight(outputs, inputs, bits, group or inputs, form)
             for rows in (16, 32, 64, 128):
                 note(dtype, "x", (rows, inputs), "weight", (outputs, inputs), form.name, bits, "bits")
                 grouped.linear(some(rows, inputs, dtype=dtype), weight)
@@ -87,11 +93,18 @@ def attention(dtype: torch.dtype) -> None:
 
 
 def mixture(dtype: torch.dtype) -> None:
-    for rows in (1, 40, 4096):
+    for rows in (1, 40, 300, 1000, 4096):
         note(dtype, rows, "tokens through a mixture")
-        chosen, scores = torch.zeros(rows, 8, dtype=torch.int64), some(rows, 8, dtype=torch.float32)
-        gate_up, down = some(16, 1536, 2048, dtype=dtype), some(16, 2048, 768, dtype=dtype)
-        moe.experts(some(rows, 2048, dtype=dtype), chosen, scores, gate_up, down)
+        routes = Routes(some(rows, 8, dtype=torch.int32), some(rows, 8, dtype=torch.float32))
+        gate_up, down = some(128, 1536, 2048, dtype=dtype), some(128, 2048, 768, dtype=dtype)
+        experts.many(some(rows, 2048, dtype=dtype), routes, gate_up, down)
+        for bits, group, form in ((4, 32, Form.MINIMUM), (8, 256, Form.ZERO), (8, 0, Form.FLOAT)):
+            stacks = [
+                new_stack(128, packed_weight(outputs, inputs, bits, group or inputs, form))
+                for outputs, inputs in ((1536, 2048), (2048, 768))
+            ]
+            note(dtype, rows, "tokens through a mixture in", form.name, bits, "bits")
+            experts.many(some(rows, 2048, dtype=dtype), routes, *stacks)
 
 
 def main() -> None:

@@ -17,10 +17,8 @@ from torch.nn import functional
 from vserve.kernels import cuda, early, fp8, grouped, packed
 from vserve.kernels.packed import Form, Packed
 from vserve.model.grouped_weights import Groups
+from vserve.model.linear import Linear
 from vserve.model.quant import Blocks
-
-FP8_ROWS: Final = 16
-"""Most rows for which reading e4m3 weights alone beats making the activations e4m3 too, on an H100."""
 
 _FP8_ALIGN: Final = 16
 """What inputs and outputs of an fp8 product on the matrix units are multiples of."""
@@ -49,6 +47,11 @@ class GroupedGpuLinear:
         self._bias = bias
         self._order = order
 
+    @property
+    def in_order(self) -> bool:
+        """Whether the weights lie in the order of the inputs."""
+        return self._order is None
+
     def __call__(self, x: Tensor) -> Tensor:
         return self._product(self._ordered(x), None)
 
@@ -69,7 +72,7 @@ class GroupedGpuLinear:
         return x if self._order is None else x.index_select(1, self._order)
 
     def _product(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if 0 < x.shape[0] <= grouped.MATRIX_ROWS:
+        if 0 < x.shape[0] <= grouped.most_rows(self.weight):
             return grouped.linear(x, self.weight, bias=self._bias, residual=residual, early=early.one_row(x))
         y = functional.linear(x, grouped.write_out(self.weight, x.dtype), self._bias)
         return y if residual is None else y.add_(residual)
@@ -106,7 +109,7 @@ class FloatGpuLinear:
         return self(x).add_(residual)
 
     def _few(self, x: Tensor) -> bool:
-        return 0 < x.shape[0] <= FP8_ROWS
+        return 0 < x.shape[0] <= grouped.most_rows(self.weight)
 
     def _multiply(self, x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
         return fp8.multiply(q, scale, self._data, self.weight.scale, x.dtype, self._bias)
@@ -133,6 +136,13 @@ class StackedGpuLinear:
 
 QUANTISED: Final = (GroupedGpuLinear, FloatGpuLinear, StackedGpuLinear)
 """Every class of such layers."""
+
+
+def packed_weight(layer: Linear) -> Packed | None:
+    """The weight that is all of a layer but its bias; None for one that is plain, in parts or in an order."""
+    if isinstance(layer, GroupedGpuLinear):
+        return layer.weight if layer.in_order else None
+    return layer.weight if isinstance(layer, FloatGpuLinear) else None
 
 
 def stacked_linear(parts: Sequence[GpuLinear | None]) -> GpuLinear | None:
