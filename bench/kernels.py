@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.record import emit
+from vserve.kernels import reference
 from vserve.kernels.activation import silu_mul
 from vserve.kernels.attention_decode import decode_attention, plan_tasks
 from vserve.kernels.attention_prefill import prefill_attention
@@ -236,9 +237,13 @@ def pages(model: Model, lens: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def decode_rows(model: Model) -> Iterator[dict[str, object]]:
-    """Decode attention over paged keys beside torch's attention over contiguous ones (equal lengths only)."""
+    """Decode attention over paged keys beside torch's attention over contiguous ones (equal lengths only).
+
+    fp8_us, fp8_GB_s: over the same keys in e4m3 with their scales.
+    """
     scale = model.head_width**-0.5
-    batches = [("1x512", [512]), ("1x8192", [8192]), ("8x640", [640] * 8), ("32x640", [640] * 32)]
+    batches = [("1x512", [512]), ("1x8192", [8192]), ("1x32768", [32768]), ("8x640", [640] * 8)]
+    batches += [("8x8192", [8192] * 8), ("32x640", [640] * 32), ("64x4096", [4096] * 64), ("128x576", [576] * 128)]
     batches += [("128x640", [640] * 128), ("256x640", [640] * 256), ("mixed", [8192, 4096] + [200] * 62)]
     for name, lens in batches:
         num_bytes = 2 * sum(lens) * model.kv_heads * model.head_width * 2
@@ -257,7 +262,23 @@ def decode_rows(model: Model) -> Iterator[dict[str, object]]:
                 ),
                 2,
             )
+        narrow = [(*fp8_pages(keys, values), tables, lens) for keys, values, tables, lens in sets]
+        plan = plan_tasks(sets[0][3], model.kv_heads, e4m3=True)
+        fp8_us = time_us(
+            [partial(decode_attention, q, k, v, n, t, scale, plan, scales=s, early=True) for k, v, s, t, n in narrow]
+        )
+        fp8_bytes = 2 * sum(lens) * model.kv_heads * (model.head_width + 2)
+        more |= {"fp8_us": round(fp8_us, 2), "fp8_GB_s": round(fp8_bytes / fp8_us / 1e3)}
         yield row("decode attention", f"{model.name} {name}", ours, num_bytes=num_bytes, more=more)
+
+
+def fp8_pages(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pages [num_blocks, BLOCK_SIZE, Hk, E] in e4m3, and their scales."""
+    num_blocks, size, heads, width = keys.shape
+    numbers, scales = reference.reduced(torch.stack((keys, values), dim=2).view(-1, 2, heads, width))
+    numbers = numbers.view(num_blocks, size, 2, heads, width)
+    scales = scales.view(num_blocks, size, heads, 2).transpose(1, 2).contiguous()
+    return numbers[:, :, 0], numbers[:, :, 1], scales
 
 
 def prefill_rows(model: Model) -> Iterator[dict[str, object]]:
@@ -279,7 +300,10 @@ def prefill_rows(model: Model) -> Iterator[dict[str, object]]:
         flops = 4 * pairs * model.heads * model.head_width
         num_bytes = 2 * (2 * q.numel() + 2 * sum(contexts) * model.kv_heads * model.head_width)
         us = time_us([partial(prefill_attention, q, keys, values, starts, lens, tables, scale)] * 8)
-        more: dict[str, object] = {}
+        narrow = fp8_pages(keys, values)
+        inputs = (q, narrow[0], narrow[1], starts, lens, tables, scale)
+        fp8 = partial(prefill_attention, *inputs, scales=narrow[2])
+        more: dict[str, object] = {"fp8_us": round(time_us([fp8] * 8), 2)}
         if queries == contexts:
             shape = (len(queries), queries[0])
             query = draw(*shape, model.heads, model.head_width).transpose(1, 2)

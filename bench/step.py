@@ -82,6 +82,7 @@ def main() -> None:
     options.add_argument("--model", default=None)
     options.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options.add_argument("--context", type=int, default=160)
+    options.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "fp8"), help="of keys and values")
     options.add_argument("--few-rows", type=int, default=linear.FEW_ROWS)
     options.add_argument("--seconds", type=float, default=1.0, help="per shape")
     given = options.parse_args()
@@ -94,8 +95,11 @@ def main() -> None:
     vocab = found.config.vocab_size
     shapes = {f"decode {n}": make_step(1, given.context, n, vocab) for n in DECODE_BATCHES}
     shapes |= {f"prefill {n}": make_step(n, n, 1, vocab) for n in PREFILL_TOKENS}
-    cache = decoder.new_cache(max(DECODE_BATCHES) * -(-max(given.context, 512) // BLOCK_SIZE), BLOCK_SIZE)
+    blocks = max(DECODE_BATCHES) * -(-max(given.context, 512) // BLOCK_SIZE)
+    cache = decoder.new_cache(blocks, BLOCK_SIZE, torch.float8_e4m3fn if given.kv_cache_dtype == "fp8" else None)
     setting = {"model": found.name, "threads": given.threads, "few_rows": given.few_rows, "context": given.context}
+    if given.kv_cache_dtype != "auto":
+        setting["kv_cache_dtype"] = given.kv_cache_dtype
     record.emit("step", {**setting, "shape": "load", "ms_min": round(loaded * 1e3, 1)}, record=given.record)
     for name, times in measure(decoder, cache, shapes, given.seconds).items():
         numbers = {"shape": name, "ms_min": round(min(times), 2), "ms_p50": round(statistics.median(times), 2)}

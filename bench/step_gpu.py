@@ -32,10 +32,11 @@ from vserve.engine.cuda_runner import CudaPending, CudaRunner  # noqa: E402
 from vserve.engine.request import GenRequest, RequestId, SamplingParams  # noqa: E402
 from vserve.engine.scheduler import Limits, Scheduler  # noqa: E402
 from vserve.engine.sequence import Plan  # noqa: E402
+from vserve.kernels.cuda import StepPlan  # noqa: E402
 from vserve.model import families, loader, source  # noqa: E402
 from vserve.model.config import ModelConfig  # noqa: E402
 from vserve.model.gpu_decoder import GpuDecoder  # noqa: E402
-from vserve.model.memory import token_bytes  # noqa: E402
+from vserve.model.memory import CacheForm, token_bytes  # noqa: E402
 from vserve.model.quantization import Method, Quantization  # noqa: E402
 from vserve.model.tensors import expected_shapes  # noqa: E402
 
@@ -49,7 +50,7 @@ STEPS = 60
 BYTES_PER_MS = 3.0e9
 
 
-def floor_ms(config: ModelConfig, batch: int, context: int) -> float:
+def floor_ms(config: ModelConfig, batch: int, context: int, keys: CacheForm) -> float:
     """Of a decode step of so many sequences of context tokens.
 
     Experts are counted as if each token took any with the same chance; tokens of random weights share some.
@@ -63,7 +64,7 @@ def floor_ms(config: ModelConfig, batch: int, context: int) -> float:
         if name == f"{names.base}{names.embedding}.weight" and not config.tie_embeddings:
             continue  # a row a token
         numbers += math.prod(shape) * used
-    return (2 * numbers + token_bytes(config, 2) * batch * context) / BYTES_PER_MS
+    return (2 * numbers + token_bytes(config, keys) * batch * context) / BYTES_PER_MS
 
 
 class Turned:
@@ -129,6 +130,43 @@ def decode(turned: Turned, batch: int, context: int, vocab: int) -> dict[str, fl
     }
 
 
+@torch.inference_mode()
+def replayed(decoder: GpuDecoder, batch: int, context: int, cache_type: torch.dtype | None) -> float:
+    """Milliseconds of one graph of a decode step up to its logits, over random keys that nobody computed."""
+    pages = -(-context // BLOCK_SIZE)
+    cache = decoder.new_cache(batch * pages, BLOCK_SIZE, cache_type)
+    for pair, scales in cache.layers():
+        for block in pair.view(-1, BLOCK_SIZE * pages, *pair.shape[2:]):
+            numbers = torch.randn(block.shape, dtype=torch.bfloat16, device="cuda")
+            block.copy_(numbers.mul_(100.0).clamp_(-448.0, 448.0) if scales is not None else numbers)
+        if scales is not None:
+            scales.fill_(0.01)
+    ids = torch.randint(decoder.vocab_size, (batch,), device="cuda")
+    places = torch.full((batch,), context - 1, device="cuda")
+    tables = torch.randperm(batch * pages, device="cuda").view(batch, pages).int()
+    slots = tables[:, -1].long() * BLOCK_SIZE + (context - 1) % BLOCK_SIZE
+    starts, lens = torch.arange(batch + 1, device="cuda").int(), (places + 1).int()
+    angles = [table[places] for table in decoder.rotation]
+
+    def step() -> None:
+        decoder.compute(ids, StepPlan(angles[0], angles[1], slots, starts, lens, tables, batch, places), cache, None)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    times = []
+    for _ in range(12):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(float(begin.elapsed_time(end)))
+    return statistics.median(times[2:])
+
+
 def prefill(turned: Turned, tokens: int, vocab: int) -> dict[str, float]:
     """One prompt of so many tokens, alone, from its plan to its first id on the host."""
     rng = random.Random(tokens)
@@ -150,6 +188,12 @@ def main() -> None:
     options.add_argument("--batches", default="1,2,4,8,16,32,64,128,256")
     options.add_argument("--tokens", default="16,128,512,2048")
     options.add_argument("--quantization", default="none", choices=tuple(QUANTIZED), help="of the linear layers")
+    options.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "fp8"), help="of keys and values")
+    options.add_argument(
+        "--random-keys",
+        action="store_true",
+        help="only graph_ms of decode steps over keys that no prompt made, at once",
+    )
     options.add_argument("--eager", action="store_true", help="kernel by kernel, without graphs")
     options.add_argument("--record", action="store_true")
     given = options.parse_args()
@@ -163,6 +207,18 @@ def main() -> None:
         quantization=QUANTIZED[given.quantization],
     )
     assert isinstance(decoder, GpuDecoder)
+    cache_type = torch.float8_e4m3fn if given.kv_cache_dtype == "fp8" else None
+    setting = {"model": found.name, "context": given.context, "graphs": not given.eager}
+    if given.quantization != "none":
+        setting["quantization"] = given.quantization
+    if cache_type is not None:
+        setting["kv_cache_dtype"] = given.kv_cache_dtype
+    if given.random_keys:
+        for batch in batches:
+            graph_ms = round(replayed(decoder, batch, given.context, cache_type), 3)
+            line = {**setting, "shape": f"decode {batch}", "graph_ms": graph_ms, "keys": "random"}
+            record.emit("step", line, record=given.record)
+        return
     blocks = max(max(batches) * (-(-(given.context + 4 * STEPS) // BLOCK_SIZE) + 1), 4096 // BLOCK_SIZE)
     limits = Limits(
         num_blocks=blocks,
@@ -175,22 +231,19 @@ def main() -> None:
     )
     runner = CudaRunner(
         decoder,
-        decoder.new_cache(blocks, BLOCK_SIZE),
+        decoder.new_cache(blocks, BLOCK_SIZE, cache_type),
         max_num_seqs=limits.max_num_seqs,
         max_model_len=limits.max_model_len,
         max_tokens=limits.max_num_batched_tokens,
         use_graphs=not given.eager,
     )
-    setting = {"model": found.name, "context": given.context, "graphs": not given.eager}
-    if given.quantization != "none":
-        setting["quantization"] = given.quantization
     for batch in batches:
         began = time.perf_counter()
         runner.capture(runner.buckets.choose(batch, 0, batch))
         took = time.perf_counter() - began
         numbers = decode(Turned(runner, limits), batch, given.context, found.config.vocab_size)
         if given.quantization == "none":
-            floor = floor_ms(found.config, batch, given.context)
+            floor = floor_ms(found.config, batch, given.context, CacheForm.of(given.kv_cache_dtype, "bfloat16"))
             numbers |= {"floor_ms": round(floor, 3), "floor_percent": round(100 * floor / numbers["graph_ms"])}
         line = {**setting, "shape": f"decode {batch}", **numbers, "capture_s": round(took, 2)}
         record.emit("step", line, record=given.record)

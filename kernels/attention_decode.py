@@ -5,6 +5,8 @@
 
 q, out [R, Hq, E]; caches [num_blocks, block_size, Hk, E], G = Hq / Hk; key n of row r lives in block
 block_tables[r, n // block_size] at offset n % block_size.  bf16, fp16 or fp32; products accumulate in float32.
+Caches of another float type become q's as they are read; those of e4m3 have a kernel of their own in
+attention_decode_fp8.py.
 
 Work is cut into tasks of at most `chunk` keys of one row.  `plan_tasks` deals the tasks out once a step, on the device:
 the chunk is the step's total length over `spread`, so one long row and many short ones give programs of equal work, and
@@ -27,7 +29,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vserve.kernels import attention_decode_fp8 as fp8
 from vserve.kernels.early import await_inputs, options
+from vserve.kernels.narrow import words
 from vserve.kernels.softcap import capped
 
 CHUNK_STEP = 64
@@ -36,6 +40,8 @@ MIN_CHUNK = 64
 """Fewer keys than this are not worth a program and a share of the reduction."""
 TARGET_PROGRAMS = 528
 """Programs that keep a large GPU busy: four for each of 132 multiprocessors."""
+TARGET_PROGRAMS_FP8 = 1056
+"""Of e4m3 caches, whose programs have half the warps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +159,7 @@ def _decode(
         at = place[:, None] + column[None, :]
         # Unread slots may hold NaN, and 0 * NaN is NaN: keys and values both need the mask.
         mask = inside[:, None] & (e < WIDTH)[None, :]
-        keys = tl.load(key_ptr + at, mask=mask, other=0.0)
+        keys = tl.load(key_ptr + at, mask=mask, other=0.0).to(q.dtype)
         scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
         if CAPPED:
             scores = capped(scores, cap)
@@ -162,7 +168,7 @@ def _decode(
         weights = tl.exp2(scores - new[:, None])
         shrink = tl.exp2(largest - new)
         total = total * shrink + tl.sum(weights, axis=1)
-        values = tl.load(value_ptr + at, mask=mask, other=0.0)
+        values = tl.load(value_ptr + at, mask=mask, other=0.0).to(q.dtype)
         sums = tl.dot(weights.to(values.dtype), values, sums * shrink[:, None], input_precision="ieee")
         largest = new
 
@@ -222,15 +228,22 @@ def _reduce(
 
 
 def plan_tasks(
-    context_lens: Tensor, kv_heads: int, programs: int = TARGET_PROGRAMS, window: int | None = None
+    context_lens: Tensor,
+    kv_heads: int,
+    programs: int | None = None,
+    window: int | None = None,
+    *,
+    e4m3: bool = False,
 ) -> DecodePlan:
     """Cut the rows of context_lens [R] int32 (0: a row without work) into tasks for about `programs` programs.
 
-    window: most keys of a row that are seen; they are its last.
+    window: most keys of a row that are seen; they are its last.  e4m3: for caches of it; other plans serve them too.
 
     The shapes of the plan depend on R alone; its values are computed on the device.
     """
     rows = context_lens.shape[0]
+    if programs is None:
+        programs = TARGET_PROGRAMS_FP8 if e4m3 else TARGET_PROGRAMS
     spread = max(1, programs // kv_heads)
     device = context_lens.device
     if window is not None:
@@ -269,6 +282,7 @@ def decode_attention(
     window: int | None = None,
     softcap: float | None = None,
     zeros: bool = True,
+    scales: Tensor | None = None,
     early: bool = False,
 ) -> Tensor:
     """Attention of q [R, Hq, E], one token a row, over context_lens [R] keys of block_tables [R, M] -> [R, Hq, E].
@@ -276,6 +290,7 @@ def decode_attention(
     plan: from plan_tasks of the same context_lens and window; made here when absent.  out: written in place of a new
     tensor.  zeros: rows of length 0 get zeros; else their outputs are left alone.  Each row of q and out is contiguous,
     rows may be any distance apart.
+    scales [num_blocks, Hk, block_size, 2] bf16: of caches of e4m3, and of no other.
     """
     rows, heads, width = q.shape
     block_size, kv_heads = key_cache.shape[1], key_cache.shape[2]
@@ -285,22 +300,31 @@ def decode_attention(
     assert key_cache.stride() == value_cache.stride()
     assert key_cache.stride()[2:] == (width, 1)
     assert block_tables.stride(1) == 1
+    assert (scales is not None) == (key_cache.dtype.itemsize == 1)
     if out is None:
         out = torch.empty((rows, heads, width), dtype=q.dtype, device=q.device)
     assert out.stride()[1:] == (width, 1)
     if rows == 0:
         return out
     if plan is None:
-        plan = plan_tasks(context_lens, kv_heads, window=window)
+        plan = plan_tasks(context_lens, kv_heads, window=window, e4m3=scales is not None)
     tasks = plan.task_rows.shape[0]
     sums = torch.empty((tasks, heads, width), dtype=torch.float32, device=q.device)
     stats = torch.empty((tasks, heads, 2), dtype=torch.float32, device=q.device)
     block_width = triton.next_power_of_2(width)
-    block_n, warps, stages = tile(width, q.element_size())
-    _decode[(kv_heads, tasks)](
+    if scales is None:
+        kernel, caches = _decode, [key_cache, value_cache]
+        widths = (width, block_width)
+        block_n, warps, stages = tile(width, max(q.element_size(), key_cache.element_size()))
+    else:
+        kernel = fp8.decode_e4m3
+        key_cache, value_cache = key_cache.view(torch.int16), value_cache.view(torch.int16)
+        caches = [key_cache, value_cache, words(scales)]
+        widths = (width // 2, max(16, block_width // 2))  # the matrix units take no fewer
+        block_n, warps, stages = fp8.tile(width, q.element_size())
+    kernel[(kv_heads, tasks)](
         q,
-        key_cache,
-        value_cache,
+        *caches,
         block_tables,
         context_lens,
         plan.task_rows,
@@ -319,8 +343,7 @@ def decode_attention(
         heads,
         group,
         max(16, triton.next_power_of_2(group)),
-        width,
-        block_width,
+        *widths,
         block_size,
         block_n,
         stages,

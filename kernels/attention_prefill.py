@@ -6,7 +6,8 @@
 
 q, out [T, Hq, E], the tokens of R sequences one after another: rows query_starts[r] to query_starts[r + 1];
 query_starts [R + 1], context_lens [R] int32; caches [num_blocks, block_size, Hk, E], G = Hq / Hk; block_tables [R, M]
-int32.  The chunk's own keys are in the cache already.  bf16, fp16 or fp32; products accumulate in float32.
+int32.  The chunk's own keys are in the cache already.  bf16, fp16 or fp32; products accumulate in float32.  Caches of
+another type become q's as they are read; those of e4m3 have scales (narrow.py), which join the scores and the weights.
 
 A tile is BLOCK_M rows: BLOCK_M // G tokens of one sequence times the G query heads that share a key head.  The grid,
 T // tokens + R tiles a key head, bounds the number of tiles for any lengths: it fits a captured graph.  Rows of no
@@ -27,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vserve.kernels.early import await_inputs, options
+from vserve.kernels.narrow import key_scale, value_scale, words
 from vserve.kernels.softcap import capped
 
 LARGE = 1 << 17
@@ -51,6 +53,7 @@ def _step(
     last_key,  # [BLOCK_M]: the last key that each row sees
     key_ptr,
     value_ptr,
+    scales_ptr,
     table,
     column,  # [BLOCK_WIDTH]
     scale,
@@ -67,6 +70,7 @@ def _step(
     MASKED: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     n = start + tl.arange(0, BLOCK_N)
     e = tl.arange(0, BLOCK_WIDTH)
@@ -86,7 +90,11 @@ def _step(
     else:
         keys = tl.load(key_ptr + at, mask=(e < WIDTH)[None, :], other=0.0)
         values = tl.load(value_ptr + at, mask=(e < WIDTH)[None, :], other=0.0)
-    scores = tl.dot(q, tl.trans(keys), input_precision="ieee")
+    scores = tl.dot(q, tl.trans(keys.to(q.dtype)), input_precision="ieee")
+    if SCALED:
+        word = scales_ptr + block.to(tl.int64) * (tl.num_programs(0) * BLOCK_SIZE) + read % BLOCK_SIZE
+        scale_words = tl.load(word)
+        scores *= key_scale(scale_words)[None, :]
     if CAPPED:
         scores = capped(scores * scale, cap) / scale
     if MASKED:
@@ -97,7 +105,11 @@ def _step(
     weights = tl.exp2(scores * scale - new[:, None])
     shrink = tl.exp2(largest - new)
     total = total * shrink + tl.sum(weights, axis=1)
-    sums = tl.dot(weights.to(values.dtype), values, sums * shrink[:, None], input_precision="ieee")
+    # A weight times a value's scale may be too small for fp16.
+    VALUE_TYPE: tl.constexpr = tl.bfloat16 if SCALED and q.dtype == tl.float16 else q.dtype
+    if SCALED:
+        weights *= value_scale(scale_words)[None, :]
+    sums = tl.dot(weights.to(VALUE_TYPE), values.to(VALUE_TYPE), sums * shrink[:, None], input_precision="ieee")
     return new, total, sums
 
 
@@ -106,6 +118,7 @@ def _prefill(
     q_ptr,  # [T, Hq, E], tokens q_stride apart
     key_ptr,  # [num_blocks, block_size, Hk, E], blocks block_stride apart, tokens of a block slot_stride
     value_ptr,  # the same strides
+    scales_ptr,  # [num_blocks, Hk, block_size] int32, read when SCALED
     tables_ptr,  # [R, M] int32, rows table_stride apart
     starts_ptr,  # [R + 1] int32
     lens_ptr,  # [R] int32
@@ -129,6 +142,7 @@ def _prefill(
     STAGES: tl.constexpr,
     WINDOW: tl.constexpr,  # 0: none
     CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     await_inputs(EARLY)
@@ -179,21 +193,25 @@ def _prefill(
     sums = tl.zeros([BLOCK_M, BLOCK_WIDTH], tl.float32)
     table = tables_ptr + low.to(tl.int64) * table_stride
     column = kv_head * WIDTH + e
+    scales_ptr += kv_head * BLOCK_SIZE
     if WINDOW > 0:
         for first in tl.range(begin, all_see, BLOCK_N, num_stages=STAGES):
             largest, total, sums = _step(
-                first, lowest, end, q, last_key, key_ptr, value_ptr, table, column, scale, cap, block_stride,
-                slot_stride, largest, total, sums, WIDTH, BLOCK_WIDTH, BLOCK_SIZE, BLOCK_N, True, WINDOW, CAPPED,
+                first, lowest, end, q, last_key, key_ptr, value_ptr, scales_ptr, table, column, scale, cap,
+                block_stride, slot_stride, largest, total, sums,
+                WIDTH, BLOCK_WIDTH, BLOCK_SIZE, BLOCK_N, True, WINDOW, CAPPED, SCALED,
             )  # fmt: skip
     for first in tl.range(all_see, plain_end, BLOCK_N, num_stages=STAGES):
         largest, total, sums = _step(
-            first, lowest, end, q, last_key, key_ptr, value_ptr, table, column, scale, cap, block_stride, slot_stride,
-            largest, total, sums, WIDTH, BLOCK_WIDTH, BLOCK_SIZE, BLOCK_N, False, WINDOW, CAPPED,
+            first, lowest, end, q, last_key, key_ptr, value_ptr, scales_ptr, table, column, scale, cap,
+            block_stride, slot_stride, largest, total, sums,
+            WIDTH, BLOCK_WIDTH, BLOCK_SIZE, BLOCK_N, False, WINDOW, CAPPED, SCALED,
         )  # fmt: skip
     for first in tl.range(plain_end, end, BLOCK_N, num_stages=STAGES):
         largest, total, sums = _step(
-            first, lowest, end, q, last_key, key_ptr, value_ptr, table, column, scale, cap, block_stride, slot_stride,
-            largest, total, sums, WIDTH, BLOCK_WIDTH, BLOCK_SIZE, BLOCK_N, True, WINDOW, CAPPED,
+            first, lowest, end, q, last_key, key_ptr, value_ptr, scales_ptr, table, column, scale, cap,
+            block_stride, slot_stride, largest, total, sums,
+            WIDTH, BLOCK_WIDTH, BLOCK_SIZE, BLOCK_N, True, WINDOW, CAPPED, SCALED,
         )  # fmt: skip
     to = out_ptr + (at_token * out_stride + head * WIDTH)[:, None] + e[None, :]
     tl.store(to, (sums / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask_q)
@@ -211,6 +229,7 @@ def prefill_attention(
     *,
     window: int | None = None,
     softcap: float | None = None,
+    scales: Tensor | None = None,
     early: bool = False,
 ) -> Tensor:
     """Causal attention of q [T, Hq, E], R chunks one after another, over each sequence's pages -> [T, Hq, E].
@@ -218,6 +237,7 @@ def prefill_attention(
     A sequence without query tokens is skipped.  query_starts may begin above 0: rows before it are not touched, so a
     slice of a larger batch can be given with the whole q and out.  out: written in place of a new tensor; rows that
     belong to no sequence keep what they held.
+    scales [num_blocks, Hk, block_size, 2] bf16: of caches of e4m3, and of no other.
     """
     tokens, heads, width = q.shape
     rows = context_lens.shape[0]
@@ -228,17 +248,19 @@ def prefill_attention(
     assert key_cache.stride() == value_cache.stride()
     assert key_cache.stride()[2:] == (width, 1)
     assert block_tables.stride(1) == 1
+    assert (scales is not None) == (key_cache.dtype.itemsize == 1)
     if out is None:
         out = torch.empty((tokens, heads, width), dtype=q.dtype, device=q.device)
     assert out.stride()[1:] == (width, 1)
     if tokens == 0 or rows == 0:
         return out
-    shape = tile(tokens, heads, width, q.element_size())
+    shape = tile(tokens, heads, width, q.element_size(), key_cache.element_size())
     per_tile = shape.rows // group
     _prefill[(kv_heads, tokens // per_tile + rows)](
         q,
         key_cache,
         value_cache,
+        q if scales is None else words(scales),
         block_tables,
         query_starts,
         context_lens,
@@ -262,16 +284,22 @@ def prefill_attention(
         shape.stages,
         window or 0,
         softcap is not None,
+        scales is not None,
         early,
         **options(shape.warps, early),
     )
     return out
 
 
-def tile(tokens: int, heads: int, width: int, element_size: int) -> Tile:
-    """The tile for T tokens of Hq heads of width numbers: as measured on an H100."""
-    if element_size > 2:
+def tile(tokens: int, heads: int, width: int, element_size: int, cache_size: int) -> Tile:
+    """The tile for T tokens of Hq heads of width numbers: as measured on an H100.
+
+    element_size, cache_size: bytes of a number of the queries, and of the keys as they are stored.
+    """
+    if max(element_size, cache_size) > 2:
         return Tile(32, 32, 4, 2)
+    if cache_size == 1 and 64 < width <= 128:
+        return Tile(128, 128, 8, 2)  # what is converted for each tile is shared by more rows
     if width > 128:
         return Tile(64, 32, 4, 2)
     if width > 64:

@@ -108,10 +108,12 @@ def rope_and_write(
     k_norm: Tensor | None = None,
     eps: float = 0.0,
     rotation: int = 0,
+    scales: Tensor | None = None,
+    given: tuple[float, float] | None = None,
 ) -> Tensor:
     """Rotate queries and keys of qkv [T, (Hq + 2 Hk) * E], write keys and values to pairs -> queries [T, Hq, E].
 
-    With q_norm and k_norm [E] each head is RMS-normalised first.
+    With q_norm and k_norm [E] each head is RMS-normalised first.  Pairs of e4m3 have scales (kernels/narrow.py).
     """
     assert isinstance(plan, StepPlan)
     kv_heads, width = pairs.shape[3], pairs.shape[4]
@@ -129,6 +131,8 @@ def rope_and_write(
         pairs[:, :, 0],
         pairs[:, :, 1],
         plan.slots,
+        scales=scales,
+        given=given,
         early=_early(qkv),
     )
 
@@ -140,6 +144,7 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of q [T, Hq, E] over the pages of each token's own sequence -> [T, Hq * E].
 
@@ -168,12 +173,15 @@ def paged_attention(
                 out,
                 window=window,
                 softcap=softcap,
+                scales=scales,
                 early=_early(q),
             )
     if decodes:
         tasks = plan.tasks.get(window)
         if tasks is None:
-            tasks = plan.tasks[window] = plan_tasks(lens[:decodes], keys.shape[2], window=window)
+            tasks = plan.tasks[window] = plan_tasks(
+                lens[:decodes], keys.shape[2], window=window, e4m3=scales is not None
+            )
         decode_attention(
             q[:decodes],
             keys,
@@ -185,6 +193,7 @@ def paged_attention(
             out[:decodes],
             window=window,
             softcap=softcap,
+            scales=scales,
             # Of a mixed step the rows behind the last decode are the first prompt's.
             zeros=decodes == len(lens),
             early=_early(q),

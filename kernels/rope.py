@@ -7,7 +7,7 @@ keys and values to their pages: one kernel.
 
 q [T, Hq, E], k and v [T, Hk, E]: views of one stacked projection or tensors of their own, bf16, fp16 or fp32;
 cos, sin [T, E/2] float32, of each token's position, which may be views of wider tables;
-caches [num_blocks, block_size, Hk, E]; slots [T] int64.
+caches [num_blocks, block_size, Hk, E] of any float type, e4m3 with scales (narrow.py); slots [T] int64.
 A token of slot -1 (padding of a captured batch) writes nothing to the cache.
 Su et al. 2021, "RoFormer", arXiv:2104.09864; the head norm: Henry et al. 2020, arXiv:2010.04245.
 """
@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vserve.kernels.early import await_inputs, options
+from vserve.kernels.narrow import reduced, scale_of
 
 TILE = 512
 """Numbers of one half of the heads that a program rotates."""
@@ -51,6 +52,9 @@ def _rope_and_write(
     out_ptr,  # [T, Hq, E] contiguous
     key_cache_ptr,  # [num_blocks, block_size, Hk, E], blocks block_stride apart, tokens of a block slot_stride
     value_cache_ptr,  # the same strides
+    scales_ptr,  # [num_blocks, Hk, block_size, 2], read when SCALED
+    key_scale,  # of all keys, read when GIVEN
+    value_scale,
     q_stride,
     k_stride,
     v_stride,
@@ -66,6 +70,8 @@ def _rope_and_write(
     Q_PARTS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    SCALED: tl.constexpr,
+    GIVEN: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     await_inputs(EARLY)
@@ -96,11 +102,20 @@ def _rope_and_write(
             low, high = _rotate(low, high, cos, sin, k_norm_ptr, i, inside, eps, HAS_NORM, HALF)
             # int64 (slots are): block * stride passes 2**31 on a cache of that many numbers
             place = (slot // BLOCK_SIZE) * block_stride + (slot % BLOCK_SIZE) * slot_stride
+            low_value = tl.load(v_ptr + token * v_stride + at, mask=mask, other=0.0)
+            high_value = tl.load(v_ptr + token * v_stride + at + HALF, mask=mask, other=0.0)
+            if SCALED:
+                low_value, high_value = low_value.to(tl.float32), high_value.to(tl.float32)
+                of_keys = scale_of(low, high, key_scale, GIVEN)
+                of_values = scale_of(low_value, high_value, value_scale, GIVEN)
+                low, high = reduced(low, of_keys), reduced(high, of_keys)
+                low_value, high_value = reduced(low_value, of_values), reduced(high_value, of_values)
+                word = ((slot // BLOCK_SIZE) * KV_HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE
+                tl.store(scales_ptr + word * 2, of_keys, mask=head < KV_HEADS)
+                tl.store(scales_ptr + word * 2 + 1, of_values, mask=head < KV_HEADS)
             to = key_cache_ptr + place + at
             tl.store(to, low.to(key_cache_ptr.dtype.element_ty), mask=mask)
             tl.store(to + HALF, high.to(key_cache_ptr.dtype.element_ty), mask=mask)
-            low_value = tl.load(v_ptr + token * v_stride + at, mask=mask, other=0.0)
-            high_value = tl.load(v_ptr + token * v_stride + at + HALF, mask=mask, other=0.0)
             to = value_cache_ptr + place + at
             tl.store(to, low_value.to(value_cache_ptr.dtype.element_ty), mask=mask)
             tl.store(to + HALF, high_value.to(value_cache_ptr.dtype.element_ty), mask=mask)
@@ -116,13 +131,18 @@ def rope_and_write(
     value_cache: Tensor,
     slots: Tensor,
     *,
+    scales: Tensor | None = None,
+    given: tuple[float, float] | None = None,
     early: bool = False,
 ) -> Tensor:
     """Rotate q and k, write k and v to slots (slot < 0: not at all); returns the rotated q, a new [T, Hq, E].
 
-    q, k, v may be views with any stride between tokens; each token's [heads, E] is contiguous.
+    q, k, v may be views with any stride between tokens; each token's [heads, E] is contiguous.  scales [num_blocks, Hk,
+    block_size, 2] bf16, with caches of e4m3 alone: written too; given: the same for all keys, and for all values.
     """
-    return norm_rope_and_write(q, k, v, None, None, 0.0, cos, sin, key_cache, value_cache, slots, early=early)
+    return norm_rope_and_write(
+        q, k, v, None, None, 0.0, cos, sin, key_cache, value_cache, slots, scales=scales, given=given, early=early
+    )
 
 
 def norm_rope_and_write(
@@ -138,6 +158,8 @@ def norm_rope_and_write(
     value_cache: Tensor,
     slots: Tensor,
     *,
+    scales: Tensor | None = None,
+    given: tuple[float, float] | None = None,
     early: bool = False,
 ) -> Tensor:
     """As rope_and_write, with each head of q and k RMS-normalised before it: q_norm, k_norm [E], both or neither."""
@@ -149,6 +171,8 @@ def norm_rope_and_write(
         assert tensor.stride(1) == width
     assert key_cache.stride() == value_cache.stride()
     assert key_cache.stride()[2:] == (width, 1)
+    assert (scales is not None) == (key_cache.dtype.itemsize == 1)
+    assert scales is None or scales.is_contiguous()
     assert cos.stride() == sin.stride()
     assert cos.stride(1) == 1
     assert cos.shape[1] == half
@@ -170,6 +194,8 @@ def norm_rope_and_write(
         out,
         key_cache,
         value_cache,
+        q if scales is None else scales,
+        *(given or (1.0, 1.0)),
         q.stride(0),
         k.stride(0),
         v.stride(0),
@@ -185,6 +211,8 @@ def norm_rope_and_write(
         q_parts,
         key_cache.shape[1],
         q_norm is not None,
+        scales is not None,
+        given is not None,
         early,
         **options(2, early),
     )

@@ -131,24 +131,26 @@ class Engine:
         return texts
 
 
-def plain_runner(parts: Parts) -> Callable[[Limits], Runner]:
-    """A maker of Runner over the reference operations."""
+def plain_runner(parts: Parts, cache_type: torch.dtype | None = None) -> Callable[[Limits], Runner]:
+    """A maker of Runner over the reference operations, with a cache of this type."""
     decoder = parts.plain()
 
     def make(limits: Limits) -> Runner:
-        cache = decoder.new_cache(limits.num_blocks, limits.block_size)
+        cache = decoder.new_cache(limits.num_blocks, limits.block_size, cache_type)
         return Runner(decoder, cache, max_num_seqs=limits.max_num_seqs, max_model_len=limits.max_model_len)
 
     return make
 
 
-def cuda_runner(parts: Parts, *, use_graphs: bool = True) -> Callable[[Limits], CudaRunner]:
+def cuda_runner(
+    parts: Parts, cache_type: torch.dtype | None = None, *, use_graphs: bool = True
+) -> Callable[[Limits], CudaRunner]:
     """A maker of CudaRunner, whose kernels are interpreted where the weights are on a CPU."""
     decoder = parts.gpu()
 
     def make(limits: Limits) -> CudaRunner:
-        cache = decoder.new_cache(limits.num_blocks, limits.block_size)
-        for pair in cache.pairs:
+        cache = decoder.new_cache(limits.num_blocks, limits.block_size, cache_type)
+        for pair in (*cache.pairs, *(cache.scales or ())):
             pair.fill_(float("nan"))  # what is read before it is written shows
         return CudaRunner(
             decoder,

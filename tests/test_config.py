@@ -65,7 +65,11 @@ def test_a_value_comes_from_the_flag_then_the_environment(
         (["--port", "-1"], {}, "--port: -1 is too small; the least is 0"),
         ([], {"VSERVE_PORT": "x"}, "VSERVE_PORT: 'x' is not a whole number"),
         (["--block-size", "7"], {}, "--block-size: '7' is not one of 8, 16, 32"),
-        (["--kv-cache-dtype", "fp8"], {}, "--kv-cache-dtype: 'fp8' is not one of auto"),
+        (
+            ["--kv-cache-dtype", "fp8_e5m2"],
+            {},
+            "--kv-cache-dtype: 'fp8_e5m2' is not one of auto, float32, bfloat16, float16, fp8, fp8_e4m3",
+        ),
         (["--device", "tpu"], {}, "--device: 'tpu' is not one of auto, cpu, cuda"),
         (["--request-timeout", "nan"], {}, "--request-timeout: nan is too small; the least is 0.001 seconds"),
         (["--kv-cache-memory-bytes", "3x"], {}, "'3x' is not a whole number of bytes, such as 512MiB"),

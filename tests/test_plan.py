@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vserve.cli import main
-from vserve.model.memory import GIB, plan_cache
+from vserve.model.memory import GIB, CacheForm, plan_cache
 from vserve.model.outline import of_size
 from vserve.model.source import _default_file
 from vserve.sizing import CONTEXT_BYTES, COUNTERS_BYTES, cache_budget, reserve, weight_bytes
@@ -58,13 +58,26 @@ def test_a_folder_needs_its_config_alone_and_gives_the_figures_of_a_start(
     kept = reserve(config, max_num_seqs=256, max_tokens=4096, element_bytes=2)
     weights = weight_bytes(config, 2) + 2 * 128256 * 2048  # this one's head is not tied
     budget = cache_budget(total=24 * GIB, utilization=0.9, taken=weights + CONTEXT_BYTES, reserve=kept)
-    cache = plan_cache(config, budget_bytes=budget, element_bytes=2, block_size=32, max_model_len=8192)
+    cache = plan_cache(
+        config, budget_bytes=budget, form=CacheForm.of("auto", "bfloat16"), block_size=32, max_model_len=8192
+    )
     assert (found["name"], found["dtype"], found["weights_bytes"]) == ("some-model", "float16", weights)
     assert found["kv_bytes_per_token"] == 2 * 16 * 8 * 64 * 2
     assert (found["num_blocks"], found["max_model_len"]) == (cache.num_blocks, 8192)
     assert found["recommended_concurrency"] == min(256, cache.num_blocks // 40)
     assert found["fits"] is True
     assert found["refused"] is None
+
+
+def test_an_fp8_cache_counts_a_byte_a_number_and_a_scale_a_head(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide, narrow = (model(capsys, str(folder), "--kv-cache-dtype", dtype) for dtype in ("auto", "fp8"))
+    assert (wide["kv_cache_dtype"], narrow["kv_cache_dtype"]) == ("float16", "fp8_e4m3")
+    assert narrow["kv_bytes_per_token"] == 2 * 16 * 8 * (64 + 2)
+    assert wide["num_blocks"] * 128 - 66 < narrow["num_blocks"] * 66 < (wide["num_blocks"] + 1) * 128
+    assert main(["plan", str(folder), "--kv-cache-dtype", "fp8"]) == 0
+    assert "16,896 bytes a token (fp8_e4m3)" in capsys.readouterr().out
 
 
 def test_the_page_names_every_term(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

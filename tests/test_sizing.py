@@ -15,7 +15,7 @@ from vserve.kernels.packed import Form, pack
 from vserve.model.config import ModelConfig
 from vserve.model.gguf import TensorInfo
 from vserve.model.kinds import Kind
-from vserve.model.memory import GIB, plan_cache
+from vserve.model.memory import GIB, CacheForm, plan_cache
 from vserve.model.outline import SIZES, of_size
 from vserve.model.quantization import Method, Quantization
 from vserve.sizing import (
@@ -111,7 +111,13 @@ def test_a_plan_stays_within_what_is_allowed_and_wastes_less_than_a_block(
     weights, allowed = weight_bytes(config, 2), int(gpu * utilization)
     try:
         budget = cache_budget(total=gpu, utilization=utilization, taken=weights + CONTEXT_BYTES, reserve=kept)
-        cache = plan_cache(config, budget_bytes=budget, element_bytes=2, block_size=block_size, max_model_len=None)
+        cache = plan_cache(
+            config,
+            budget_bytes=budget,
+            form=CacheForm.of("auto", "bfloat16"),
+            block_size=block_size,
+            max_model_len=None,
+        )
     except StartupError:
         block = block_size * 16 * 2 * 8 * 64 * 2
         assert weights + CONTEXT_BYTES + kept.total + block > allowed

@@ -27,7 +27,7 @@ from vserve.errors import EngineDied, StartupError, shorten
 from vserve.model import hub, quantization
 from vserve.model.decoder import Decoder
 from vserve.model.loader import load
-from vserve.model.memory import CachePlan, gib, host_budget, host_memory, plan_cache
+from vserve.model.memory import CacheForm, CachePlan, gib, host_budget, host_memory, plan_cache
 from vserve.model.quantization import Quantization
 from vserve.model.source import ModelSource, SourceKind, resolve
 from vserve.model.threads import Sharing
@@ -130,7 +130,7 @@ def assemble(
         plan = plan_cache(
             source.config,
             budget_bytes=config.kv_cache_memory_bytes or _budget(config, weights, kept),
-            element_bytes=dtype.itemsize,
+            form=CacheForm.of(config.kv_cache_dtype, str(dtype).removeprefix("torch.")),
             block_size=config.block_size,
             max_model_len=config.max_model_len,
         )
@@ -224,7 +224,7 @@ def _runner(
 ) -> tuple[Runner | CudaRunner, int]:
     """The runner for the decoder's device, and the prompt tokens that a step of it should take beside decodes."""
     if decoder.device.type == "cpu":
-        cache = decoder.new_cache(plan.num_blocks, plan.block_size)
+        cache = decoder.planned_cache(plan)
         runner = Runner(decoder, cache, max_num_seqs=rows, max_model_len=plan.max_model_len)
         return runner, config.max_prefill_chunk or CPU_CHUNK
     from vserve import assemble_cuda

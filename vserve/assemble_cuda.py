@@ -54,7 +54,7 @@ def make_runner(
 ) -> CudaRunner:
     """The runner over a new KV cache, with the few graphs that serving starts with."""
     with explained("making the KV cache"):
-        cache = decoder.new_cache(plan.num_blocks, plan.block_size)
+        cache = decoder.planned_cache(plan)
         runner = CudaRunner(
             decoder, cache, max_num_seqs=max_num_seqs, max_model_len=plan.max_model_len, max_tokens=max_tokens
         )

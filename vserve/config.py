@@ -125,7 +125,11 @@ class Config:
         aliases=("-q",),
     )
     kv_cache_dtype: str = _option(
-        "auto", "type of keys and values in the cache; only auto, that of the activations", "engine", choices=("auto",)
+        "auto",
+        "type of keys and values in the cache; auto: that of the activations; fp8: e4m3 with a scale for each head of "
+        "a token, or with the checkpoint's own, in about half the memory",
+        "engine",
+        choices=("auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3"),
     )
     max_model_len: int | None = _option(
         None, "longest prompt plus answer; the model's own limit by default", "model", low=1, unit="tokens"

@@ -34,6 +34,7 @@ FAMILIAR: tuple[Familiar, ...] = (
     Familiar(("--uvicorn-log-level",), "there is no uvicorn", _ANY),
     Familiar(("--enforce-eager", "--no-enforce-eager"), "graphs are captured few at a time, beside serving"),
     Familiar(("--enable-chunked-prefill", "--no-enable-chunked-prefill"), "prompts are always taken in chunks"),
+    Familiar(("--calculate-kv-scales",), "in an fp8 cache each head of a token has a scale of its own"),
     Familiar(("--swap-space",), "a sequence that loses its blocks is computed again, not swapped", _ANY),
     Familiar(("--max-num-partial-prefills", "--max-seq-len-to-capture"), "shapes are chosen by measurement", _ANY),
     Familiar(("--disable-frontend-multiprocessing", "--worker-use-ray"), "there is one process"),

@@ -20,7 +20,7 @@ from vserve import settings
 from vserve.config import Config, parse_bytes
 from vserve.errors import StartupError, shorten
 from vserve.model import hub
-from vserve.model.memory import GIB, gib, plan_cache, token_bytes
+from vserve.model.memory import GIB, CacheForm, gib, plan_cache, token_bytes
 from vserve.model.outline import SIZES as MODEL_SIZES
 from vserve.model.outline import Outline, of_size, outline
 from vserve.model.quantization import ALIASES, Method, Quantization
@@ -81,6 +81,7 @@ class Answer:
     quantisation: str | None
     weights: int
     token_bytes: int
+    cache_dtype: str
     reserve: Reserve
     plan: Plan | None
     problem: str | None
@@ -104,8 +105,8 @@ def _parser() -> argparse.ArgumentParser:
         f"config.json, a .gguf file, a hub id in the local cache, or a size ({', '.join(MODEL_SIZES)}); without one, "
         "the table of sizes alone.",
         epilog="The flags of vserve serve that bear on memory count too: --dtype, --block-size, --max-model-len, "
-        "--max-num-seqs, --max-num-batched-tokens, --gpu-memory-utilization, --kv-cache-memory-bytes.  Exit code 1: it "
-        "does not fit.",
+        "--max-num-seqs, --max-num-batched-tokens, --gpu-memory-utilization, --kv-cache-memory-bytes, "
+        "--kv-cache-dtype.  Exit code 1: it does not fit.",
     )
     made.add_argument("--gpu", default=GPU_DEFAULT, metavar="BYTES", help=f"memory of the GPU ({GPU_DEFAULT})")
     made.add_argument("--concurrency", default=None, metavar="N", help="sequences at once; as many as fit by default")
@@ -178,12 +179,13 @@ def answered(found: Outline, config: Config, wanted: Wanted, quantisation: Quant
         )
     dtype = element_type(config.dtype, model.dtype, "cuda")
     size = ELEMENT_BYTES[dtype]
+    form = CacheForm.of(config.kv_cache_dtype, dtype)
     rows = config.max_num_seqs or SIZES["cuda"].max_num_seqs
     tokens = config.max_num_batched_tokens or SIZES["cuda"].max_num_batched_tokens
     kept = reserve(model, max_num_seqs=rows, max_tokens=tokens, element_bytes=size, quantisation=quantisation)
     weights = weight_bytes(model, size, quantisation)
     taken = weights + CONTEXT_BYTES
-    sequence = -(-wanted.length // config.block_size) * config.block_size * token_bytes(model, size)
+    sequence = -(-wanted.length // config.block_size) * config.block_size * token_bytes(model, form)
     plan: Plan | None = None
     problem: str | None = None
     try:
@@ -193,7 +195,7 @@ def answered(found: Outline, config: Config, wanted: Wanted, quantisation: Quant
         cache = plan_cache(
             model,
             budget_bytes=budget,
-            element_bytes=size,
+            form=form,
             block_size=config.block_size,
             max_model_len=config.max_model_len,
         )
@@ -216,7 +218,8 @@ def answered(found: Outline, config: Config, wanted: Wanted, quantisation: Quant
         dtype=dtype,
         quantisation=None if quantisation is None else quantisation.name,
         weights=weights,
-        token_bytes=token_bytes(model, size),
+        token_bytes=token_bytes(model, form),
+        cache_dtype=form.dtype,
         reserve=kept,
         plan=plan,
         problem=problem,
@@ -276,20 +279,21 @@ def _count(flag: str, text: str | None, default: int) -> int:
 def _page(found: Outline, answer: Answer, config: Config, wanted: Wanted) -> list[str]:
     """The plan of the model that was asked about."""
     weights = answer.dtype if answer.quantisation is None else f"{answer.quantisation} and {answer.dtype}"
+    cache = "" if answer.cache_dtype == answer.dtype else f" ({answer.cache_dtype})"
     rows = [
         ("model", answer.name),
         ("weights", f"{gib(answer.weights)} ({weights})"),
-        ("KV cache", f"{answer.token_bytes:,} bytes a token"),
+        ("KV cache", f"{answer.token_bytes:,} bytes a token{cache}"),
         ("driver", gib(CONTEXT_BYTES)),
         ("largest step", gib(answer.reserve.step)),
         ("graphs", gib(answer.reserve.graph)),
         ("libraries", gib(answer.reserve.libraries)),
     ]
     if answer.plan is not None:
-        plan, cache = answer.plan, answer.plan.cache
+        plan, made = answer.plan, answer.plan.cache
         rows += [
-            ("most blocks", f"{cache.num_blocks} of {cache.block_size} tokens, {cache.tokens} tokens in all"),
-            ("longest sequence", f"{cache.max_model_len} tokens"),
+            ("most blocks", f"{made.num_blocks} of {made.block_size} tokens, {made.tokens} tokens in all"),
+            ("longest sequence", f"{made.max_model_len} tokens"),
             ("in all", f"{gib(plan.planned)} of {gib(plan.allowed)} allowed on a GPU of {gib(plan.total)}"),
         ]
     if answer.problem is not None:
@@ -360,6 +364,7 @@ def _row(answer: Answer) -> dict[str, object]:
         "dtype": answer.dtype,
         "quantization": answer.quantisation,
         "weights_bytes": answer.weights,
+        "kv_cache_dtype": answer.cache_dtype,
         "kv_bytes_per_token": answer.token_bytes,
         "driver_bytes": CONTEXT_BYTES,
         "step_bytes": answer.reserve.step,

@@ -77,6 +77,18 @@ def main() -> None:
         k, weight = some(rows, kv_heads, width), some(width)
         slots = some(rows, dtype=int64)
         rope.norm_rope_and_write(q, k, k, weight, weight, 1e-5, angles, angles, keys, values, slots, early=True)
+        narrow, scales = cache.to(torch.float8_e4m3fn), some(10, kv_heads, 16, 2)
+        keys, values = narrow[:, :, 0], narrow[:, :, 1]
+        for given in (None, (0.5, 0.25)):
+            turned = (q, k, k, angles, angles, keys, values, slots)
+            rope.rope_and_write(*turned, scales=scales, given=given, early=True)
+        for dtype in (torch.bfloat16, torch.float16) if width == 128 else (single,):
+            for window, cap in ((None, None), (1024, 30.0)):
+                inputs = (q.to(dtype), keys, values, starts, lens, tables, 0.1)
+                attention_prefill.prefill_attention(*inputs, window=window, softcap=cap, scales=scales, early=True)
+                attention_decode.decode_attention(
+                    *inputs[:3], *inputs[4:], tasks, window=window, softcap=cap, scales=scales, early=True
+                )
     logits, one, ids = some(rows, 9000, dtype=single), some(rows, dtype=single), some(rows, dtype=int64)
     counts, lists = some(rows, 9000, dtype=int32), some(rows, 300, dtype=int32)
     sampling.sample(logits, one, lens, one, one, ids, ids)

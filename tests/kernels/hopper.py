@@ -21,6 +21,7 @@ NAMES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.int32: "i32",
+    torch.int16: "i16",
     torch.int64: "i64",
     torch.uint8: "u8",
     torch.float8_e4m3fn: "fp8e4nv",

@@ -9,9 +9,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 KERNELS = (
-    "_plan_tasks _decode _reduce _prefill _rope_and_write _scan _settle _token_logprobs _bias_and_ban _penalise "
-    "_count_tokens _vector _matrix _norm _activate _route _group _gate_rows _down_rows _tiles _packed_tiles _join "
-    "words portable_row shared_matrix write_out _quantise_rows"
+    "_plan_tasks _decode decode_e4m3 _reduce _prefill _rope_and_write _scan _settle _token_logprobs _bias_and_ban "
+    "_penalise _count_tokens _vector _matrix _norm _activate _route _group _gate_rows _down_rows _tiles _packed_tiles "
+    "_join words portable_row shared_matrix write_out _quantise_rows"
 )
 
 
@@ -29,6 +29,7 @@ def test_every_tile_fits_a_multiprocessors_memory() -> None:
         "_matrix",
         "shared_matrix",
         "_decode",
+        "decode_e4m3",
         "_prefill",
         "_tiles",
         "_packed_tiles",

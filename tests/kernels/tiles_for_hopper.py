@@ -11,7 +11,7 @@ import torch
 from hopper import catch, shared_bytes, some
 from triton.compiler import ASTSource
 
-KERNELS = {"_matrix", "shared_matrix", "_decode", "_prefill", "_tiles", "_packed_tiles"}
+KERNELS = {"_matrix", "shared_matrix", "_decode", "decode_e4m3", "_prefill", "_tiles", "_packed_tiles"}
 seen: set[str] = set()
 what_runs = ""
 
@@ -83,6 +83,7 @@ def attention(dtype: torch.dtype) -> None:
     for width in (64, 96, 128, 256):
         cache = some(10, 16, 2, kv_heads, width, dtype=dtype)
         keys, values = cache[:, :, 0], cache[:, :, 1]
+        narrow, scales = some(*cache.shape, dtype=torch.float8_e4m3fn), some(10, kv_heads, 16, 2)
         lens, tables = some(4, dtype=torch.int32), some(4, 8, dtype=torch.int32)
         starts = some(5, dtype=torch.int32)
         for limits in ({}, {"window": 1024, "softcap": 30.0}):
@@ -91,6 +92,10 @@ def attention(dtype: torch.dtype) -> None:
                 q = some(tokens, heads, width, dtype=dtype)
                 attention_prefill.prefill_attention(q, keys, values, starts, lens, tables, 0.1, **limits)
             attention_decode.decode_attention(q[:4], keys, values, lens, tables, 0.1, **limits)
+            note(dtype, "heads", (heads, kv_heads), "of", width, "over e4m3", limits)
+            inputs = (narrow[:, :, 0], narrow[:, :, 1])
+            attention_prefill.prefill_attention(q, *inputs, starts, lens, tables, 0.1, scales=scales, **limits)
+            attention_decode.decode_attention(q[:4], *inputs, lens, tables, 0.1, scales=scales, **limits)
 
 
 def mixture(dtype: torch.dtype) -> None:

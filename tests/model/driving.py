@@ -118,17 +118,24 @@ class Run:
 class Driver:
     """Greedy generation with pages of block_size tokens out of a shuffled pool."""
 
-    def __init__(self, decoder: Decoder, num_blocks: int = 512, block_size: int = 16, seed: int = 0) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        num_blocks: int = 512,
+        block_size: int = 16,
+        seed: int = 0,
+        cache_type: torch.dtype | None = None,
+    ) -> None:
         self.decoder = decoder
         self.block_size = block_size
-        self.cache = decoder.new_cache(num_blocks, block_size)
+        self.cache = decoder.new_cache(num_blocks, block_size, cache_type)
         self.random = random.Random(seed)
         self.free = list(range(num_blocks))
         self.random.shuffle(self.free)
 
     def fill(self, number: float) -> None:
         """Put number in every slot: what must not be read would show."""
-        for pair in self.cache.pairs:
+        for pair in (*self.cache.pairs, *(self.cache.scales or ())):
             pair.fill_(number)
 
     def step(self, works: Iterable[tuple[Run, int]], every_logit: bool = False, logits: bool = True) -> Tensor:

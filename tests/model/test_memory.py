@@ -9,7 +9,7 @@ import pytest
 
 from vserve.errors import StartupError
 from vserve.model.config import Architecture, Experts, ModelConfig
-from vserve.model.memory import GIB, host_budget, host_memory, plan_cache, step_bytes, token_bytes
+from vserve.model.memory import GIB, CacheForm, host_budget, host_memory, plan_cache, step_bytes, token_bytes
 
 CONFIG = ModelConfig(
     architecture=Architecture.LLAMA,
@@ -24,10 +24,29 @@ CONFIG = ModelConfig(
     norm_eps=1e-5,
     rope_theta=1e5,
 )
+FLOAT = CacheForm.of("auto", "float32")
 
 
-def test_a_token_takes_two_rows_a_layer() -> None:
-    assert token_bytes(CONFIG, 4) == 2 * 30 * 3 * 64 * 4 == 46080
+@pytest.mark.parametrize(
+    ("asked", "activations", "dtype", "head"),
+    [
+        ("auto", "float32", "float32", 64 * 4),
+        ("auto", "bfloat16", "bfloat16", 64 * 2),
+        ("float16", "float32", "float16", 64 * 2),
+        ("float32", "bfloat16", "float32", 64 * 4),
+        ("fp8", "bfloat16", "fp8_e4m3", 64 + 2),
+        ("fp8_e4m3", "float32", "fp8_e4m3", 64 + 2),
+    ],
+)
+def test_a_token_takes_two_rows_a_layer_and_fp8_a_scale_for_each_head(
+    asked: str, activations: str, dtype: str, head: int
+) -> None:
+    form = CacheForm.of(asked, activations)
+    assert form.dtype == dtype
+    assert token_bytes(CONFIG, form) == 2 * 30 * 3 * head
+    plan = plan_cache(CONFIG, budget_bytes=GIB, form=form, block_size=8, max_model_len=None)
+    assert plan.num_blocks == GIB // (8 * 2 * 30 * 3 * head)
+    assert dtype in plan.explain()
 
 
 @pytest.mark.parametrize(
@@ -37,7 +56,7 @@ def test_a_token_takes_two_rows_a_layer() -> None:
 def test_the_budget_becomes_blocks_and_a_longest_sequence_that_fits_them(
     budget: int, asked: int | None, blocks: int, longest: int
 ) -> None:
-    plan = plan_cache(CONFIG, budget_bytes=budget, element_bytes=4, block_size=16, max_model_len=asked)
+    plan = plan_cache(CONFIG, budget_bytes=budget, form=FLOAT, block_size=16, max_model_len=asked)
     assert (plan.num_blocks, plan.max_model_len) == (blocks, longest)
     assert plan.max_model_len <= plan.tokens
     assert plan.num_blocks * plan.block_bytes <= budget
@@ -50,7 +69,7 @@ def test_the_budget_becomes_blocks_and_a_longest_sequence_that_fits_them(
 )
 def test_what_does_not_fit_is_said_with_the_numbers_and_the_flag(budget: int, asked: int | None, named: str) -> None:
     with pytest.raises(StartupError, match=named):
-        plan_cache(CONFIG, budget_bytes=budget, element_bytes=4, block_size=16, max_model_len=asked)
+        plan_cache(CONFIG, budget_bytes=budget, form=FLOAT, block_size=16, max_model_len=asked)
 
 
 @pytest.mark.parametrize(
@@ -87,4 +106,4 @@ def test_what_a_step_takes_counts_the_experts_of_each_token_and_capped_logits() 
 
 
 def test_a_window_leaves_the_plan_of_the_cache_as_it_is() -> None:
-    assert token_bytes(replace(CONFIG, windows=(64,) * 30), 4) == token_bytes(CONFIG, 4)
+    assert token_bytes(replace(CONFIG, windows=(64,) * 30), FLOAT) == token_bytes(CONFIG, FLOAT)

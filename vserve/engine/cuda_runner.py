@@ -147,7 +147,7 @@ class CudaRunner:
         device = cache.pairs[0].device
         self._decoder = decoder
         self._cache = cache
-        self._layers = (decoder, cache.pairs)
+        self._layers = (decoder, cache)
         self._use_graphs = use_graphs and device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         if self._stream is not None:
@@ -297,13 +297,13 @@ class CudaRunner:
             fields["positions"],
         )
         # One buffer for all: a graph that kept its own would hold on to hundreds of megabytes.
-        decoder, pairs = self._layers
+        decoder, cache = self._layers
         further = None
         if scored is None or logit_rows is None:
-            step.logits.copy_(decoder.compute(inputs.ids, plan, pairs, logit_rows))
+            step.logits.copy_(decoder.compute(inputs.ids, plan, cache, logit_rows))
         else:
             every = torch.cat((logit_rows, scored))
-            logits = decoder.compute(inputs.ids, plan, pairs, every)
+            logits = decoder.compute(inputs.ids, plan, cache, every)
             further = logits[shape.sequences :]
             step.logits.copy_(logits[: shape.sequences])
         ids = sampling.sample(
@@ -349,7 +349,7 @@ class CudaRunner:
         assert not self._captured
         whole = self._layers
         ends = self._decoder.ends()
-        self._layers = ends, self._cache.pairs[: ends.num_layers]
+        self._layers = ends, self._cache.first(ends.num_layers)
 
         def work() -> None:
             for shape in shapes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -16,8 +17,17 @@ from vserve.model.config import ModelConfig
 from vserve.model.experts import Experts
 from vserve.model.layers import Block, Embedding, Mlp, Norm, Positions, rotary_tables
 from vserve.model.linear import Linear
+from vserve.model.memory import CachePlan
 from vserve.model.ops import KvCache, Ops, Step
 from vserve.model.threads import Sharing, StepThreads
+
+CACHE_TYPES: Final = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8_e4m3": torch.float8_e4m3fn,
+}
+"""The types of keys and values, as a CachePlan names them."""
 
 
 class Decoder:
@@ -69,18 +79,29 @@ class Decoder:
         """The width of the logits."""
         return self.config.vocab_size
 
-    def new_cache(self, num_blocks: int, block_size: int) -> KvCache:
-        """Zeroed pages of block_size tokens for every layer; on a CPU a page takes memory when it is first written."""
-        shape = (num_blocks, block_size, 2, self.config.num_kv_heads, self.config.head_dim)
-        pairs = tuple(self._pages(shape) for _ in range(self.config.num_layers))
-        return KvCache(pairs, block_size, num_blocks)
+    def planned_cache(self, plan: CachePlan) -> KvCache:
+        """new_cache of what was planned."""
+        return self.new_cache(plan.num_blocks, plan.block_size, CACHE_TYPES[plan.dtype])
 
-    def _pages(self, shape: tuple[int, ...]) -> Tensor:
+    def new_cache(self, num_blocks: int, block_size: int, dtype: torch.dtype | None = None) -> KvCache:
+        """Zeroed pages of block_size tokens for every layer; on a CPU a page takes memory when it is first written.
+
+        dtype: of keys and values, the model's own when None; float8_e4m3fn, with a scale for each head of a token.
+        """
+        dtype, layers, heads = dtype or self.dtype, self.config.num_layers, self.config.num_kv_heads
+        shape = (num_blocks, block_size, 2, heads, self.config.head_dim)
+        pairs = tuple(self._pages(shape, dtype) for _ in range(layers))
+        if dtype.itemsize > 1:
+            return KvCache(pairs, block_size, num_blocks)
+        places = (num_blocks, heads, block_size, 2)
+        return KvCache(pairs, block_size, num_blocks, tuple(self._pages(places, torch.bfloat16) for _ in range(layers)))
+
+    def _pages(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if self.device.type != "cpu":
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+            return torch.zeros(shape, dtype=dtype, device=self.device)
         # torch.zeros would write every page now: seconds of start, and gigabytes resident that may never be used.
-        anonymous = mmap.mmap(-1, torch.Size(shape).numel() * self.dtype.itemsize)
-        return torch.frombuffer(anonymous, dtype=self.dtype).view(shape)
+        anonymous = mmap.mmap(-1, torch.Size(shape).numel() * dtype.itemsize)
+        return torch.frombuffer(anonymous, dtype=dtype).view(shape)
 
     @torch.inference_mode()
     def forward(self, step: Step, cache: KvCache) -> Tensor:
@@ -102,14 +123,14 @@ class Decoder:
             self._sin,
             cache.block_size,
         )
-        return self._compute(step.ids, step.positions, plan, cache.pairs, step.logit_rows).to(torch.float32)
+        return self._compute(step.ids, step.positions, plan, cache, step.logit_rows).to(torch.float32)
 
     def _compute(
         self,
         ids: Tensor,
         positions: Tensor | None,
         plan: object,
-        pairs: Sequence[Tensor],
+        cache: KvCache,
         logit_rows: Tensor | None,
     ) -> Tensor:
         """Logits [S, V] of logit_rows (None: of every token), for any model; positions are needed where learned."""
@@ -120,9 +141,12 @@ class Decoder:
             residual = residual.add_(self._positions(positions))
         x = residual if config.post_norm else self._normed(residual, self._blocks[0].attention_norm)
         last = len(self._blocks) - 1
-        for number, (block, norms, pair) in enumerate(zip(self._blocks, self._norms, pairs, strict=True)):
-            q = ops.rope_and_write(block.qkv(x), pair, plan, block.q_norm, block.k_norm, eps, block.rotation)
-            x = ops.paged_attention(q, pair, plan, self._scale, block.window, config.attention_softcap)
+        layers = zip(self._blocks, self._norms, cache.layers(), strict=True)
+        for number, (block, norms, (pair, scales)) in enumerate(layers):
+            x = block.qkv(x)
+            norm_weights = (block.q_norm, block.k_norm)
+            q = ops.rope_and_write(x, pair, plan, *norm_weights, eps, block.rotation, scales, block.kv_scales)
+            x = ops.paged_attention(q, pair, plan, self._scale, block.window, config.attention_softcap, scales)
             if number == last and logit_rows is not None:  # what follows is wanted of the logit rows only
                 x, residual = x.index_select(0, logit_rows), residual.index_select(0, logit_rows)
             x = block.output(x)

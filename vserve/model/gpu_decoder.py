@@ -94,25 +94,26 @@ class GpuDecoder(Decoder):
             self._sin,
             cache.block_size,
         )
-        return self.compute(step.ids, plan, cache.pairs, step.logit_rows).to(torch.float32)
+        return self.compute(step.ids, plan, cache, step.logit_rows).to(torch.float32)
 
-    def compute(self, ids: Tensor, plan: StepPlan, pairs: Sequence[Tensor], logit_rows: Tensor | None) -> Tensor:
+    def compute(self, ids: Tensor, plan: StepPlan, cache: KvCache, logit_rows: Tensor | None) -> Tensor:
         """Logits [S, V] in the model's dtype or float32 of logit_rows [S] (any int; None: of every token) for ids [T].
 
-        ids int64.  Writes keys and values to pairs, one a layer, where plan says.  Rows that belong to no sequence may
+        ids int64.  Writes keys and values to cache where plan says.  Rows that belong to no sequence may
         hold anything; they touch no other row.
         """
         if self._fused is None:
-            return self._compute(ids, plan.positions, plan, pairs, logit_rows)
+            return self._compute(ids, plan.positions, plan, cache, logit_rows)
         layers, norm, head = self._fused
         eps, last = self.config.norm_eps, len(layers) - 1
         residual = self._embedding(ids)
         summed: Tensor | Normed = residual
-        for number, (layer, pair) in enumerate(zip(layers, pairs, strict=True)):
+        for number, (layer, (pair, scales)) in enumerate(zip(layers, cache.layers(), strict=True)):
             block, mlp = layer.block, layer.mlp
             x = norm_linear(summed, block.attention_norm.weight, eps, layer.qkv)
-            q = cuda.rope_and_write(x, pair, plan, block.q_norm, block.k_norm, eps, block.rotation)
-            x = cuda.paged_attention(q, pair, plan, self._scale, block.window)
+            norm_weights = (block.q_norm, block.k_norm)
+            q = cuda.rope_and_write(x, pair, plan, *norm_weights, eps, block.rotation, scales, block.kv_scales)
+            x = cuda.paged_attention(q, pair, plan, self._scale, block.window, scales=scales)
             if number == last and logit_rows is not None:  # what follows is wanted of these rows only
                 x, residual = x.index_select(0, logit_rows), residual.index_select(0, logit_rows)
             inner = mlp.gate_up if isinstance(mlp, _Dense) else None

@@ -28,8 +28,8 @@ _AWQ_ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight neighbouring columns lies in the lowest four bits of a word, in the next four, and so on."""
 
 _PACKED: Final = (".qweight", ".qzeros", ".scales", ".g_idx")
-_SCALES: Final = (".weight_scale", ".input_scale", ".k_scale", ".v_scale", ".kv_scale")
-"""Beside fp8 weights: how keys and values were scaled is not needed where they keep their type."""
+_SCALES: Final = (".weight_scale", ".input_scale")
+"""Beside fp8 weights."""
 
 
 class RawWeights(Weights, Protocol):

@@ -41,7 +41,8 @@ class Block:
 
     qkv: queries, keys, values stacked, D -> (Hq + 2 Hk) * E.  q_norm, k_norm [E]: of each head, both or neither.
     attention_post_norm, mlp_post_norm: of what a layer adds.  window: tokens the attention sees, None for all.
-    rotation: which of the model's rotations it uses, 0 or 1.
+    rotation: which of the model's rotations it uses, 0 or 1.  kv_scales: of keys and of values in an fp8 cache, where
+    the checkpoint has them; None: each head's own.
     """
 
     attention_norm: Norm
@@ -55,6 +56,7 @@ class Block:
     mlp_post_norm: Tensor | None = None
     window: int | None = None
     rotation: int = 0
+    kv_scales: tuple[float, float] | None = None
 
 
 class Embedding(Protocol):

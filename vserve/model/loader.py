@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vserve.errors import StartupError
 from vserve.kernels import reference
-from vserve.model import quant
+from vserve.model import cache_scales, quant
 from vserve.model.config import ModelConfig, NormKind
 from vserve.model.decoder import Decoder
 from vserve.model.experts import Experts, GroupedExperts, Routing
@@ -172,6 +172,9 @@ class _Parts(Protocol):
     def ends(self) -> tuple[Embedding, Linear]:
         """The embedding and the head, without their projections."""
 
+    def kv_scales(self, prefix: str) -> tuple[float, float] | None:
+        """Those of the layer whose names begin with prefix, as cache_scales.read has them."""
+
 
 def _build(
     parts: _Parts, config: ModelConfig, names: Names, progress: Progress | None, most_threads: int | None = None
@@ -241,6 +244,7 @@ def _block(parts: _Parts, config: ModelConfig, names: Names, order: Tensor | Non
         mlp_post_norm=parts.norm(prefix + names.mlp_post_norm).weight if config.sandwich else None,
         window=window,
         rotation=1 if window is not None and config.local_rope_theta is not None else 0,
+        kv_scales=parts.kv_scales(prefix),
     )
 
 
@@ -348,6 +352,9 @@ class _StoredParts:
             return self._embedding(stored, table), head
         head = self._linear([self._take(f"{self._names.head}.weight", turned=False)], None)
         return self._embedding(stored, None), head
+
+    def kv_scales(self, prefix: str) -> tuple[float, float] | None:
+        return cache_scales.read(self._weights, prefix)
 
     def verify(self) -> None:
         """StartupError naming a tensor that has a NaN or an infinity, in the file or for want of range in the dtype."""
@@ -497,6 +504,9 @@ class _DummyParts:
         table = self._matrix(embedding, rows, cols)
         other = self._matrix(head, rows, cols) if head in self._shapes else table
         return DenseEmbedding(table, self._dtype), dense_linear(other)
+
+    def kv_scales(self, prefix: str) -> tuple[float, float] | None:
+        return None
 
     def _turned(self, name: str) -> tuple[int, ...]:
         shape = self._shapes[name]

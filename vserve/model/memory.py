@@ -18,16 +18,41 @@ HOST_MOST: Final = 4 * GIB
 
 
 @dataclass(frozen=True, slots=True)
+class CacheForm:
+    """How keys and values lie in the cache: the type, bytes of a number, and of the scale of each head of a token."""
+
+    dtype: str
+    element_bytes: int
+    scale_bytes: int = 0
+
+    @classmethod
+    def of(cls, asked: str, activations: str) -> CacheForm:
+        """What --kv-cache-dtype means for a model whose activations are of this type."""
+        return _FORMS[activations if asked == "auto" else asked]
+
+
+_FORMS: Final = {
+    "float32": CacheForm("float32", 4),
+    "bfloat16": CacheForm("bfloat16", 2),
+    "float16": CacheForm("float16", 2),
+    "fp8": CacheForm("fp8_e4m3", 1, 2),
+    "fp8_e4m3": CacheForm("fp8_e4m3", 1, 2),
+}
+
+
+@dataclass(frozen=True, slots=True)
 class CachePlan:
     """The KV cache to make: num_blocks blocks of block_size tokens, each of block_bytes bytes over all layers.
 
-    max_model_len: the longest sequence, in tokens, prompt and answer together; it always fits the blocks.
+    max_model_len: the longest sequence, in tokens, prompt and answer together; it always fits the blocks.  dtype: of
+    keys and values.
     """
 
     num_blocks: int
     block_size: int
     block_bytes: int
     max_model_len: int
+    dtype: str
 
     @property
     def tokens(self) -> int:
@@ -38,15 +63,16 @@ class CachePlan:
         """One line with the arithmetic, for the log."""
         per_token = self.block_bytes // self.block_size
         return (
-            f"KV cache: {self.num_blocks} blocks x {self.block_size} tokens x {per_token:,} bytes a token = "
+            f"KV cache: {self.num_blocks} blocks x {self.block_size} tokens x {per_token:,} bytes a token "
+            f"in {self.dtype} = "
             f"{gib(self.num_blocks * self.block_bytes)}, room for {self.tokens / self.max_model_len:.1f} sequences "
             f"of {self.max_model_len} tokens"
         )
 
 
-def token_bytes(config: ModelConfig, element_bytes: int) -> int:
-    """Bytes of one token's keys and values over all layers; element_bytes: of one number in the cache."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * element_bytes
+def token_bytes(config: ModelConfig, form: CacheForm) -> int:
+    """Bytes of one token's keys and values over all layers, their scales included."""
+    return 2 * config.num_layers * config.num_kv_heads * (config.head_dim * form.element_bytes + form.scale_bytes)
 
 
 def step_bytes(config: ModelConfig, *, tokens: int, draws: int, element_bytes: int) -> int:
@@ -63,7 +89,7 @@ def step_bytes(config: ModelConfig, *, tokens: int, draws: int, element_bytes: i
 
 
 def plan_cache(
-    config: ModelConfig, *, budget_bytes: int, element_bytes: int, block_size: int, max_model_len: int | None
+    config: ModelConfig, *, budget_bytes: int, form: CacheForm, block_size: int, max_model_len: int | None
 ) -> CachePlan:
     """As many blocks as budget_bytes holds, and never more than there is a use for.
 
@@ -74,7 +100,7 @@ def plan_cache(
         raise StartupError(
             f"--max-model-len {max_model_len} is more than the {config.max_position} positions the model was made for"
         )
-    block_bytes = token_bytes(config, element_bytes) * block_size
+    block_bytes = token_bytes(config, form) * block_size
     num_blocks = budget_bytes // block_bytes
     wanted = max_model_len or config.max_position
     if num_blocks * block_size < wanted:
@@ -86,7 +112,7 @@ def plan_cache(
                 "raise --kv-cache-memory-bytes or lower --max-model-len"
             )
         wanted = num_blocks * block_size
-    return CachePlan(num_blocks, block_size, block_bytes, wanted)
+    return CachePlan(num_blocks, block_size, block_bytes, wanted, form.dtype)
 
 
 def host_budget(available_bytes: int) -> int:

@@ -7,6 +7,7 @@ modules with these functions, so a drifting signature is a type error.  Kernels 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,11 +45,23 @@ class KvCache:
 
     pairs[l] [num_blocks, block_size, 2, kv_heads, head_dim]: the key of a slot, then its value.  They lie side by side
     so that a token is written, and a sequence is gathered, by one operation a layer.
+    scales[l] [num_blocks, kv_heads, block_size, 2] bfloat16, of pairs of e4m3: of each head's key, and of its value;
+    None for other types.
     """
 
     pairs: tuple[Tensor, ...]
     block_size: int
     num_blocks: int
+    scales: tuple[Tensor, ...] | None = None
+
+    def layers(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The pairs of each layer, and their scales."""
+        return zip(self.pairs, self.scales or (None,) * len(self.pairs), strict=True)
+
+    def first(self, layers: int) -> KvCache:
+        """The cache of the first so many layers, in the same memory."""
+        scales = None if self.scales is None else self.scales[:layers]
+        return KvCache(self.pairs[:layers], self.block_size, self.num_blocks, scales)
 
     @property
     def keys(self) -> tuple[Tensor, ...]:
@@ -115,12 +128,16 @@ class Ops(Protocol):
         k_norm: Tensor | None = None,
         eps: float = 0.0,
         rotation: int = 0,
+        scales: Tensor | None = None,
+        given: tuple[float, float] | None = None,
     ) -> Tensor:
         """Rotate queries and keys (halves layout), write keys and values to the plan's slots; returns the queries.
 
         qkv [T, (Hq + 2 Hk) * E]: queries, keys, values; undefined afterwards, but for the queries [T, Hq, E] returned,
         which may be a view of it.  pairs: one layer of KvCache.pairs.  q_norm, k_norm [E], both or neither: each head
         is RMS-normalised before it is rotated.  rotation: which of the tables that lie side by side in cos and sin.
+        scales: of pairs of e4m3, one layer of KvCache.scales, written too; given: those of all keys and of all values,
+        in place of each head's own.
         """
 
     def paged_attention(
@@ -131,9 +148,11 @@ class Ops(Protocol):
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        scales: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of q [T, Hq, E] over the pages of each token's own sequence -> [T, Hq * E].
 
         q is contiguous, or a view of the qkv that rope_and_write had.  window: a token sees so many, itself included;
         pages that no token of the step sees are not read.  softcap: scores become softcap * tanh(score / softcap).
+        scales: of pairs of e4m3, as rope_and_write left them.
         """

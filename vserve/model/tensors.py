@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from vserve.errors import StartupError, shorten
+from vserve.model.cache_scales import names_in
 from vserve.model.config import ModelConfig, NormKind
 from vserve.model.families import Names, family_of
 from vserve.model.kinds import Kind
@@ -107,7 +108,8 @@ def linear_numbers(config: ModelConfig) -> int:
 def check(weights: Weights, config: ModelConfig) -> Names:
     """The names that weights uses; StartupError unless it holds exactly the tensors of config, each in its shape.
 
-    Read past: a head that is the embedding again, and a quantised layer's bias of zeros.
+    Read past: a head that is the embedding again, and a quantised layer's bias of zeros.  Scales of keys and values may
+    be there.
     """
     names = names_of(weights, config)
     model = f"a {config.num_layers}-layer {config.architecture}"
@@ -124,6 +126,7 @@ def check(weights: Weights, config: ModelConfig) -> Names:
             raise StartupError(
                 f"tensor {name} has shape {_text(found)}, but {model} of this size needs {_text(wanted)}"
             )
+    known.update(names_in(weights, config, names))
     for name in weights.names():
         # A tied head may be stored too: it is the embedding again, and transformers reads past it as well.
         if name not in known and name != f"{names.head}.weight" and not name.endswith(names.harmless):
