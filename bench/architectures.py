@@ -1,12 +1,14 @@
 """Which architectures were checked against what: runs the oracle tests, keeps their outcomes, writes README's table.
 
-    python -m bench.architectures            run them here, record, rewrite the table
+    python -m bench.architectures            run them on the CPU, record, rewrite the table
+    python -m bench.architectures --gpu      the same on the GPU, its kernels compiled
     python -m bench.architectures --list     the cells that tests exist for, without running them
     python -m bench.architectures --table    rewrite the table from what is recorded
 
-A test says what it checks by @pytest.mark.oracle(column, family): column one of COLUMNS, family a name of tests/model/
-families.py; without the family it is the first word of the test's parameter `name`.  A cell is recorded when all of its
-tests passed, with the device they ran on: kernels without a GPU are interpreted.
+What follows a -- is for pytest (-- -n 8).  A test says what it checks by @pytest.mark.oracle(column, family): column
+one of COLUMNS, family a name of tests/model/families.py; without the family it is the first word of the test's
+parameter `name`.  A cell is recorded when all of its tests passed, with the commit and the device they ran on: kernels
+without a GPU are interpreted.  The module is pytest's plugin, too: it leaves only such tests, each with its cell.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -24,10 +27,14 @@ from typing import Final
 
 import pytest
 
+from bench.record import commit
+
 ROOT: Final = Path(__file__).resolve().parent.parent
 RECORD: Final = ROOT / "bench" / "results" / "architectures.jsonl"
 README: Final = ROOT / "README.md"
 FOLDERS: Final = ("tests/model", "tests/kernels")
+GPU_FOLDERS: Final = ("tests/gpu", "tests/kernels")
+CPU: Final = "cpu"
 BEGIN: Final = "<!-- architectures: written by bench/architectures.py -->"
 END: Final = "<!-- /architectures -->"
 
@@ -67,12 +74,20 @@ GAPS: Final[dict[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One family against one oracle; tests: how many say so.  device: "cpu", or the GPU's name."""
+    """One family against one oracle; tests: how many say so.  device: CPU, or the GPU's name.  commit: where noted."""
 
     family: str
     column: str
     tests: int
     device: str
+    commit: str | None = None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the oracle tests, each with its cell, which travels in its reports to where they are counted."""
+    items[:] = [item for item in items if item.get_closest_marker("oracle") is not None]
+    for item in items:
+        item.user_properties.append(("cell", _cell(item)))
 
 
 class Outcomes:
@@ -82,13 +97,19 @@ class Outcomes:
         self.cells: dict[str, tuple[str, str]] = {}
         self.passed: dict[str, bool] = {}
 
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items[:] = [item for item in items if item.get_closest_marker("oracle") is not None]
-        for item in items:
-            self.cells[item.nodeid] = _cell(item)
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        for item in session.items:
+            self._note(item.nodeid, item.user_properties)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._note(report.nodeid, report.user_properties)
         self.passed[report.nodeid] = self.passed.get(report.nodeid, True) and report.passed
+
+    def _note(self, node: str, properties: Iterable[tuple[str, object]]) -> None:
+        for name, value in properties:
+            if name == "cell":
+                assert isinstance(value, tuple | list)  # a list, where it comes from another process
+                self.cells[node] = (str(value[0]), str(value[1]))
 
     def whole(self) -> dict[tuple[str, str], int]:
         """Cell -> tests, for the cells all of whose tests passed."""
@@ -111,43 +132,53 @@ def _cell(item: pytest.Item) -> tuple[str, str]:
     return named[0], column
 
 
-def recorded(path: Path = RECORD) -> list[Cell]:
+def recorded() -> list[Cell]:
     """The cells on record."""
-    return [Cell(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+    return [Cell(**json.loads(line)) for line in RECORD.read_text().splitlines()] if RECORD.exists() else []
 
 
 def record(found: Mapping[tuple[str, str], int], device: str) -> None:
-    """Put the cells on record.  One that was checked on a GPU stays so when it is checked without."""
-    kept = {(cell.family, cell.column): cell for cell in recorded()}
+    """Put the cells on record; those of a GPU and of the CPU stand beside each other."""
+    kept = {(cell.family, cell.column, cell.device == CPU): cell for cell in recorded()}
     for (family, column), tests in found.items():
-        before = kept.get((family, column))
-        if device == "cpu" and before is not None and before.device != "cpu":
-            continue
-        kept[family, column] = Cell(family, column, tests, device)
-    order = [(family, column) for family in FAMILIES for column in COLUMNS if (family, column) in kept]
-    RECORD.write_text("".join(json.dumps(asdict(kept[place])) + "\n" for place in order))
+        kept[family, column, device == CPU] = Cell(family, column, tests, device, commit())
+    order = [(family, column, on_cpu) for family in FAMILIES for column in COLUMNS for on_cpu in (True, False)]
+    lines = (json.dumps(asdict(kept[place])) + "\n" for place in order if place in kept)
+    RECORD.write_text("".join(lines))
 
 
 def table(cells: Iterable[Cell]) -> str:
-    """README's table: a number stands for the reason of a gap, listed below."""
-    known = {(cell.family, cell.column): cell for cell in cells}
+    """README's table: a number stands for the reason of a gap, listed below with the GPUs."""
+    known: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        known.setdefault((cell.family, cell.column), []).append(cell)
     reasons: list[str] = []
     lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "| --- |" + " --- |" * len(COLUMNS)]
     for family, title in FAMILIES.items():
         row = []
         for column in COLUMNS:
-            cell = known.get((family, column))
-            if cell is not None:
-                gpu = "interpreted" if cell.device == "cpu" else cell.device
-                row.append(gpu if column == "gpu" else "yes")
+            found = known.get((family, column))
+            if found is not None:
+                row.append(_where(column, found))
                 continue
             reason = GAPS.get(f"{family}/{column}", "not tested")
             if reason not in reasons:
                 reasons.append(reason)
             row.append(f"– ({reasons.index(reason) + 1})")
         lines.append(f"| {title} | " + " | ".join(row) + " |")
-    notes = "; ".join(f"({number}) {reason}" for number, reason in enumerate(reasons, 1))
-    return "\n".join([*lines, "", notes + "." if notes else ""]).rstrip() + "\n"
+    notes = [f"({number}) {reason}" for number, reason in enumerate(reasons, 1)]
+    gpus = {(cell.device, cell.commit) for found in known.values() for cell in found if cell.device != CPU}
+    notes += [f"GPU: compiled, on one {device} at {made}" for device, made in sorted(gpus, key=str)]
+    return "\n".join([*lines, "", "; ".join(notes) + "." if notes else ""]).rstrip() + "\n"
+
+
+def _where(column: str, cells: Iterable[Cell]) -> str:
+    """What the table says of the places where a cell was checked."""
+    devices = {cell.device for cell in cells}
+    on_gpu = bool(devices - {CPU})
+    if column == "gpu":
+        return "GPU" if on_gpu else "interpreted"
+    return ", ".join(name for name, there in (("CPU", CPU in devices), ("GPU", on_gpu)) if there)
 
 
 def rewrite(text: str, cells: Iterable[Cell]) -> str:
@@ -157,10 +188,11 @@ def rewrite(text: str, cells: Iterable[Cell]) -> str:
     return f"{before}{BEGIN}\n{table(cells)}{END}{after}"
 
 
-def run(*options: str) -> Outcomes:
-    """Collect, and without --collect-only run, the oracle tests."""
+def run(folders: Iterable[str], *options: str) -> Outcomes:
+    """Collect, and without --collect-only run, the oracle tests of folders."""
     outcomes = Outcomes()
-    code = pytest.main([*FOLDERS, f"--rootdir={ROOT}", "-p", "no:cacheprovider", *options], plugins=[outcomes])
+    always = (f"--rootdir={ROOT}", "-p", "no:cacheprovider", "-p", "bench.architectures")
+    code = pytest.main([*folders, *always, *options], plugins=[outcomes])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise SystemExit(f"pytest ended with {code}")
     return outcomes
@@ -168,20 +200,27 @@ def run(*options: str) -> Outcomes:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="README's table of architectures")
+    parser.add_argument("--gpu", action="store_true", help="run the tests of the compiled kernels on the GPU")
     parser.add_argument("--list", action="store_true", help="print the cells that tests exist for")
     parser.add_argument("--table", action="store_true", help="rewrite the table from the record")
+    parser.add_argument("pytest", nargs="*", help="what follows -- is for pytest")
     options = parser.parse_args()
+    if not options.gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that kernels are interpreted, whatever there is
     if options.list:
         with contextlib.redirect_stdout(io.StringIO()):
-            found = run("--collect-only")
+            found = run(FOLDERS, "--collect-only")
         for family, column in sorted(set(found.cells.values())):
             print(f"{family}/{column}")
         return
     if not options.table:
-        outcomes = run()
-        import torch  # after pytest has chosen whether Triton is interpreted
+        import torch  # after it is settled what it may see
 
-        record(outcomes.whole(), torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else CPU
+        if options.gpu and device == CPU:
+            parser.error("--gpu: there is no GPU here")
+        outcomes = run(GPU_FOLDERS if options.gpu else FOLDERS, *options.pytest)
+        record(outcomes.whole(), device)
         failed = [node for node, passed in outcomes.passed.items() if not passed]
         print("\n".join(f"failed: {node}" for node in failed), file=sys.stderr)
     README.write_text(rewrite(README.read_text(), recorded()))

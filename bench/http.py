@@ -101,7 +101,7 @@ async def _serve_api(rca: bool) -> None:
     )
     app.metrics.timer.start()
     inbox = Inbox(4096)
-    bridge = Bridge(asyncio.get_running_loop(), inbox)
+    bridge = Bridge(asyncio.get_running_loop(), inbox, turns=server.site.turns)
     words = LETTERS.encode("word by word, ", add_special=False)
     engine = FakeEngine(inbox, bridge, lambda request: words, step_s=STEP_S)
     app.ready(

@@ -79,7 +79,7 @@ def _serve() -> None:
         server = HttpServer(Router(routes(entries)), limits, render, Gate(app, entries), access_log=app.exchanged)
         app.metrics.timer.start()
         inbox = Inbox(QUEUE, token_limit=2**20, retry_after=app.retry_after_s)
-        bridge = Bridge(asyncio.get_running_loop(), inbox)
+        bridge = Bridge(asyncio.get_running_loop(), inbox, turns=server.site.turns)
         heartbeat = Heartbeat(time.monotonic())
         scheduler = Scheduler(EngineLimits(4096, 16, ROWS, 4096, 4096))
         engine = EngineLoop(inbox, scheduler, Step(), bridge.publish, bridge.died, heartbeat)

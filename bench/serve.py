@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 # In place of this folder, not beside it: bench/http.py would hide the standard library's http.
 sys.path.pop(0)
@@ -148,26 +148,43 @@ def prompt(load: Load, rng: random.Random) -> str | list[int]:
     return [rng.randrange(load.vocab_size) for _ in range(load.input_len)]
 
 
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """One GET /ping: perf_counter seconds of sending it and of having its answer."""
+
+    sent_s: float
+    received_s: float
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.received_s - self.sent_s
+
+
 @dataclass(slots=True)
 class Round:
-    """What one round saw: samples, its wall time in seconds, and seconds of each GET /ping."""
+    """What one round saw: samples, its wall time in seconds, the pings, and those of a server that has no other work.
+
+    The last are what the machine itself adds.
+    """
 
     samples: list[Sample]
     wall_s: float
-    pings_s: list[float]
+    pings: list[Ping]
+    floor: list[Ping]
 
 
 def measure(target: Target, load: Load, seed: int) -> Round:
     """One round of the load against the target, from as many client processes as it takes."""
-    with tempfile.TemporaryDirectory(prefix="bench-stop-") as folder:
+    with tempfile.TemporaryDirectory(prefix="bench-stop-") as folder, idle_server() as idle:
         stop_file = Path(folder) / "stop"
-        pings = Child(ping_until, target.port, stop_file) if load.ping else None
+        pingers = [Child(ping_until, port, stop_file) for port in (target.port, idle) if load.ping]
         parts = [Child(drive, target.port, part, seed * 100 + i) for i, part in enumerate(split(load))]
         done = [part.result() for part in parts]
         stop_file.touch()
-        seconds = pings.result() if pings is not None else []
+        pings, floor = [pinger.result() for pinger in pingers] or ([], [])
     samples = [sample for part, _ in done for sample in part]
-    return Round(samples, max(wall for _, wall in done), seconds)
+    return Round(samples, max(wall for _, wall in done), pings, floor)
 
 
 class Hung(SystemExit):
@@ -228,9 +245,9 @@ def drive(port: int, load: Load, seed: int) -> tuple[list[Sample], float]:
     return asyncio.run(closed_loop("127.0.0.1", port, requests, load.concurrency))
 
 
-def ping_until(port: int, stop: Path) -> list[float]:
-    """Seconds of GET /ping, one after another on one connection, PING_GAP_S apart, until the file is there."""
-    seconds = []
+def ping_until(port: int, stop: Path) -> list[Ping]:
+    """GET /ping, one after another on one connection, PING_GAP_S apart, until the file is there."""
+    pings = []
     with socket.create_connection(("127.0.0.1", port)) as line:
         line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         while not stop.exists():
@@ -238,9 +255,42 @@ def ping_until(port: int, stop: Path) -> list[float]:
             line.sendall(b"GET /ping HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
             if not line.recv(4096).startswith(b"HTTP/1.1 200"):
                 raise RuntimeError("GET /ping did not answer 200")  # SystemExit would end the worker, unheard
-            seconds.append(time.perf_counter() - began)
+            pings.append(Ping(began, time.perf_counter()))
             time.sleep(PING_GAP_S)
-    return seconds
+    return pings
+
+
+class _Pong(asyncio.Protocol):
+    """Answers whatever comes."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's own kind
+
+    def data_received(self, data: bytes) -> None:
+        self._transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+
+@contextlib.contextmanager
+def idle_server() -> Iterator[int]:
+    """The port of a uvloop server in a process of its own, which answers pings and does nothing else."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = multiprocessing.get_context("fork").Process(target=_answer_pings, args=(listener,), daemon=True)
+        server.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.terminate()
+            server.join()
+
+
+def _answer_pings(listener: socket.socket) -> None:
+    import uvloop
+
+    async def serve() -> None:
+        server = await asyncio.get_running_loop().create_server(_Pong, sock=listener)
+        await server.serve_forever()
+
+    uvloop.run(serve())
 
 
 def lag_counts(port: int) -> dict[float, float]:
@@ -279,10 +329,11 @@ def report(target: Target, load: Load, rounds: Sequence[Round], lag: dict[float,
     if load.rate is not None:
         numbers |= {"rate": load.rate}
     numbers |= summary(samples, sum(part.wall_s for part in rounds))
-    pings = [ping * 1e3 for part in rounds for ping in part.pings_s]
-    if pings:
+    if load.ping:
         shares = {"p50": 0.5, "p99": 0.99, "max": 1.0}
-        numbers |= {f"ping_ms_{name}": round(percentile(pings, share), 3) for name, share in shares.items()}
+        for kind, pings in (("ping", [part.pings for part in rounds]), ("floor", [part.floor for part in rounds])):
+            times = [ping.seconds * 1e3 for part in pings for ping in part]
+            numbers |= {f"{kind}_ms_{name}": round(percentile(times, share), 3) for name, share in shares.items()}
         after = lag_counts(target.port)
         if after:
             shares = {"p50": 0.5, "p99": 0.99}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -47,6 +48,12 @@ def ask(port: int) -> tuple[int, Mapping[str, object]]:
         return 0, {}
     finally:
         line.close()
+
+
+def has_bytecode() -> bool:
+    """Whether Python finds torch compiled: where it must not write its bytecode, every start takes seconds longer."""
+    torch = importlib.util.find_spec("torch")
+    return torch is not None and torch.cached is not None and Path(torch.cached).exists()
 
 
 def start(command: Sequence[str], port: int, environ: Mapping[str, str], log: Path) -> dict[str, object]:
@@ -125,7 +132,8 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-startup-")))
         more = args.serve_args.split()
-        about: dict[str, object] = {"server": args.name, "cold": args.cold}
+        about: dict[str, object] = {"server": args.name, "cold": args.cold, "bytecode": has_bytecode()}
+        about["serve_args"] = args.serve_args
         if args.weights is not None:
             folder, size = stack.enter_context(written(args.weights))
             more, about["weights_gb"] = [str(folder), *more], round(size / 1e9, 2)

@@ -4,7 +4,8 @@
 
 One JSON line a shape.  graph_ms: the device's time of one replay, the median of many.  step_ms: wall time of a step of
 the engine turned without pause (scheduler, packing, launch, wait, commit; two in flight), step_ms_max the longest of
-them, host_ms what of it G spends on other than waiting.
+them, host_ms what of it G spends on other than waiting.  floor_ms, of a decode step with plain weights: the bytes it
+must read (weights, of a mixture those of the experts that random tokens take, keys and values) at 3.0 TB/s.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import math
 import os
 import random
 import statistics
@@ -30,9 +32,12 @@ from vserve.engine.cuda_runner import CudaPending, CudaRunner  # noqa: E402
 from vserve.engine.request import GenRequest, RequestId, SamplingParams  # noqa: E402
 from vserve.engine.scheduler import Limits, Scheduler  # noqa: E402
 from vserve.engine.sequence import Plan  # noqa: E402
-from vserve.model import loader, source  # noqa: E402
+from vserve.model import families, loader, source  # noqa: E402
+from vserve.model.config import ModelConfig  # noqa: E402
 from vserve.model.gpu_decoder import GpuDecoder  # noqa: E402
+from vserve.model.memory import token_bytes  # noqa: E402
 from vserve.model.quantization import Method, Quantization  # noqa: E402
+from vserve.model.tensors import expected_shapes  # noqa: E402
 
 QUANTIZED = {
     "none": None,
@@ -41,6 +46,24 @@ QUANTIZED = {
 }
 BLOCK_SIZE = 16
 STEPS = 60
+BYTES_PER_MS = 3.0e9
+
+
+def floor_ms(config: ModelConfig, batch: int, context: int) -> float:
+    """Of a decode step of so many sequences of context tokens.
+
+    Experts are counted as if each token took any with the same chance; tokens of random weights share some.
+    """
+    names = families.family_of(config.architecture).names
+    numbers = 0.0
+    for name, shape in expected_shapes(config).items():
+        used = 1.0
+        if config.experts is not None and f".{names.expert.partition('{')[0]}" in name:
+            used = 1 - (1 - config.experts.active / config.experts.count) ** batch
+        if name == f"{names.base}{names.embedding}.weight" and not config.tie_embeddings:
+            continue  # a row a token
+        numbers += math.prod(shape) * used
+    return (2 * numbers + token_bytes(config, 2) * batch * context) / BYTES_PER_MS
 
 
 class Turned:
@@ -95,7 +118,8 @@ def decode(turned: Turned, batch: int, context: int, vocab: int) -> dict[str, fl
     wall = (marks[-1] - marks[0]) / STEPS
     longest = max(later - earlier for earlier, later in itertools.pairwise(marks))
     host = wall - turned.waited_s / STEPS
-    graphs = [turned.runner.replay_seconds(batch) for _ in range(15)]
+    shape = turned.runner.buckets.choose(batch, 0, batch)
+    graphs = [turned.runner.replay_seconds(shape) for _ in range(15)]
     turned.end()
     return {
         "graph_ms": round(statistics.median(graphs) * 1e3, 3),
@@ -165,6 +189,9 @@ def main() -> None:
         runner.capture(runner.buckets.choose(batch, 0, batch))
         took = time.perf_counter() - began
         numbers = decode(Turned(runner, limits), batch, given.context, found.config.vocab_size)
+        if given.quantization == "none":
+            floor = floor_ms(found.config, batch, given.context)
+            numbers |= {"floor_ms": round(floor, 3), "floor_percent": round(100 * floor / numbers["graph_ms"])}
         line = {**setting, "shape": f"decode {batch}", **numbers, "capture_s": round(took, 2)}
         record.emit("step", line, record=given.record)
     for count in tokens:
@@ -174,7 +201,7 @@ def main() -> None:
             runner.capture(shape)
         took = time.perf_counter() - began
         numbers = prefill(Turned(runner, limits), count, found.config.vocab_size)
-        numbers["graph_ms"] = round(runner.seconds(shape) * 1e3, 3)
+        numbers["graph_ms"] = round(min(runner.replay_seconds(shape) for _ in range(5)) * 1e3, 3)
         line = {**setting, "shape": f"prefill {count}", **numbers, "capture_s": round(took, 2)}
         record.emit("step", line, record=given.record)
     print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB", file=sys.stderr)

@@ -61,3 +61,13 @@ def _nothing():
 def prepare() -> None:
     """Do what Triton does once, before the first kernel (it reads all of itself for its cache's sake).  Any thread."""
     _nothing.warmup(grid=(1,))
+
+
+def read_compiler() -> None:
+    """Of ``prepare``, what needs no device and no torch: the reading, most of it without the GIL.  Any thread.
+
+    Raises ImportError where this Triton keeps it elsewhere.
+    """
+    from triton.runtime.cache import triton_key
+
+    triton_key()

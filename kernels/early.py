@@ -25,6 +25,17 @@ def await_inputs(EARLY: tl.constexpr):
         tl.extra.cuda.gdc_wait()
 
 
+@triton.jit
+def await_then_release(EARLY: tl.constexpr):
+    """await_inputs the other way round: when the next kernel starts, all kernels ahead of this one have ended.
+
+    So the next may read what those wrote, though not from its first cache, before its own wait.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
 def options(warps: int, early: bool) -> dict[str, int | bool]:
     """The launch options of a kernel of so many warps."""
     return {"num_warps": warps, "launch_pdl": True} if early else {"num_warps": warps}

@@ -322,7 +322,10 @@ def _shape(rows: int, weight: Tensor, *, gated: bool, vector: bool) -> Shape:
         return vector_shape(rows, num_out, width)
     if rows > 16 and weight.element_size() > 2:
         return Shape(16, 128, 4, 2)  # the others would not fit a multiprocessor's memory
-    return matrix_shape(rows, num_out, width, gated=gated)
+    shape = matrix_shape(rows, num_out, width, gated=gated)
+    if gated and weight.element_size() > 2:
+        return shape._replace(stages=min(shape.stages, 3))  # for the same reason
+    return shape
 
 
 def matrix_shape(rows: int, num_out: int, width: int, *, gated: bool) -> Shape:

@@ -26,6 +26,9 @@ from vserve.kernels.packed import Form, Packed
 MOST_ROWS = {4: 512, 8: 128}
 """Bits of integers -> rows of x above which it is cheaper to write the weights out and leave the product to cuBLAS."""
 
+_SINGLE = {"rows": 32, "width": 64, "warps": 4, "stages": 2}
+"""Of a shape with fp32 x: what was measured for halves would not fit a multiprocessor's memory."""
+
 
 def linear(
     x: Tensor,
@@ -116,7 +119,10 @@ def _rows(x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | Non
     assert x.stride(1) == 1
     y = torch.empty((rows, weight.outputs), dtype=x.dtype, device=x.device)
     assert residual is None or (residual.is_contiguous() and residual.shape == y.shape)
-    shape = measured(_kind(weight), padded(rows), weight.outputs, weight.inputs) if shape is None else shape
+    if shape is None:
+        shape = measured(_kind(weight), padded(rows), weight.outputs, weight.inputs)
+        if x.element_size() > 2:
+            shape = shape._replace(**_SINGLE)
     across = shape.across or min(padded(rows), 128)
     grid = (triton.cdiv(weight.outputs, shape.rows), triton.cdiv(rows, across), shape.splits)
     assert grid[0] * grid[1] <= weight.counters.numel() or shape.splits == 1

@@ -76,7 +76,7 @@ def _spread(groups, ROWS: tl.constexpr, S: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _load_numbers(
+def load_numbers(
     data_ptr, numbers_ptr, row, num_out, start, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
     FORM: tl.constexpr, CENTRE_AT: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -178,7 +178,7 @@ def shared_matrix(
     first = split * EACH
     for step in tl.range(first, tl.minimum(first + EACH, STEPS), num_stages=STAGES):
         start = step * BLOCK_K
-        w = _load_numbers(
+        w = load_numbers(
             data_ptr, numbers_ptr, row, num_out, start, K, GROUP, BITS, FORM, CENTRE_AT, ROWS, BLOCK_K, ASM,
             DTYPE,
         )  # fmt: skip
@@ -226,7 +226,7 @@ def write_out(
     start = tl.program_id(1) * BLOCK_K
     row = tl.minimum(n, num_out - 1)
     k = start + tl.arange(0, BLOCK_K)
-    w = _load_numbers(
+    w = load_numbers(
         data_ptr, numbers_ptr, row, num_out, start, K, GROUP, BITS, FORM, CENTRE_AT, ROWS, BLOCK_K, False,
         out_ptr.dtype.element_ty if FORM != FLOAT else tl.float32,
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """Plain-PyTorch twins of the fused Triton operations that reference.py has no word for: obvious, slow, change no input.
 
-Each has the signature and the contract of its namesake in gemv.py, rope.py, attention_decode.py, attention_prefill.py
-and sampling.py, any device and any float dtype; they compute in the dtype of their inputs, so the tests give float64.
+Each has the signature and the contract of its namesake in gemv.py, rope.py, attention_decode.py, attention_prefill.py,
+route.py, moe.py and sampling.py, any device and any float dtype; they compute in the dtype of their inputs, so the
+tests give float64.
 """
 
 from __future__ import annotations
@@ -121,6 +122,13 @@ def decode_attention(
         q, key_cache, value_cache, starts, lens, block_tables, scale, window=window, softcap=softcap
     )
     return torch.where((context_lens > 0)[:, None, None], out, 0.0)
+
+
+def route(scores: Tensor, active: int, *, normalised: bool) -> tuple[Tensor, Tensor]:
+    """scores [T, E] -> the experts of each token [T, k] int64, largest score first, and their weights [T, k]."""
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :active]
+    weights = scores.softmax(dim=1).gather(1, order)
+    return order, weights / weights.sum(dim=1, keepdim=True) if normalised else weights
 
 
 def experts(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

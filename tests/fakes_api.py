@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -31,6 +32,9 @@ from vserve.text.template import ChatTemplate
 from vserve.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
+
+PATIENCE_S = 30.0
+"""How long a test waits for what must come."""
 
 NAME = "fake/letters"
 CONTEXT = 512
@@ -91,6 +95,12 @@ class Stand:
             return function()
 
         return asyncio.run_coroutine_threadsafe(run(), self.loop).result(10)
+
+    def until(self, what: Callable[[], bool]) -> None:
+        """Until what() holds on the loop; each look is a round trip to it."""
+        end_s = time.monotonic() + PATIENCE_S
+        while not self.call(what):
+            assert time.monotonic() < end_s, "it did not happen"
 
     def post(self, path: str, body: Mapping[str, Any], **headers: str) -> requests.Response:
         """POST body as JSON."""
@@ -178,7 +188,7 @@ def standing(
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         await server.listen(sock=listener)
         inbox = Inbox(max_queue)
-        bridge = Bridge(asyncio.get_running_loop(), inbox)
+        bridge = Bridge(asyncio.get_running_loop(), inbox, turns=server.site.turns)
         fake = FakeEngine(inbox, bridge, script, **(engine or {}))  # type: ignore[arg-type]
         model = Model(
             names=(NAME, "short"),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 
-from vserve.bridge import SLICE, Bridge, Ended, merge
+from vserve.bridge import SLICE, SLICE_S, Bridge, Ended, Turns, merge
 from vserve.engine.inbox import Inbox
 from vserve.engine.request import (
     Cancel,
@@ -32,8 +33,10 @@ class Sink:
     broken: bool = False
     pushes: list[Emit] = field(default_factory=list)
     failures: list[EngineDied] = field(default_factory=list)
+    takes: Callable[[], None] = lambda: None
 
     def push(self, emit: Emit) -> None:
+        self.takes()
         if self.broken:
             raise RuntimeError("a sink broke")
         self.pushes.append(emit)
@@ -73,11 +76,11 @@ class Readings:
 class Both:
     """A bridge on an event loop of its own, with sinks for a number of live requests."""
 
-    def __init__(self, streams: int = 1, limit: int = 1000) -> None:
+    def __init__(self, streams: int = 1, limit: int = 1000, turns: Turns | None = None) -> None:
         self.loop = asyncio.new_event_loop()
         self.inbox = Inbox(limit)
         self.now_s = 0.0
-        self.bridge = Bridge(self.loop, self.inbox, lambda: self.now_s)
+        self.bridge = Bridge(self.loop, self.inbox, lambda: self.now_s, turns)
         self.meter = self.bridge.meter = Readings()
         self.sinks = {name: Sink() for name in (self.open(index) for index in range(streams))}
         for name, sink in self.sinks.items():
@@ -130,6 +133,48 @@ def test_a_loop_that_is_behind_merges_instead_of_queueing() -> None:
     for sink in both.sinks.values():
         assert sink.ids == list(range(60))
         assert len(sink.pushes) <= 16  # a round takes four passes: its last slice and the next one's first share one
+    both.close()
+
+
+def test_a_turn_ends_after_so_many_streams_or_so_much_time() -> None:
+    both = Both(SLICE * 2)
+    both.bridge.publish(emits(both.sinks, 0), EngineStats())
+    both.turn()
+    assert sum(len(sink.pushes) for sink in both.sinks.values()) == SLICE
+    both.settle()
+    for sink in both.sinks.values():
+        sink.takes = lambda: setattr(both, "now_s", both.now_s + SLICE_S / 3)
+    pushed = [SLICE * 2]
+    both.bridge.publish(emits(both.sinks, 1), EngineStats())
+    while pushed[-1] < SLICE * 4:
+        both.turn()
+        pushed.append(sum(len(sink.pushes) for sink in both.sinks.values()))
+    assert all(later - earlier <= 4 for earlier, later in pairwise(pushed))
+    both.close()
+
+
+class Line:
+    """Turns whose other jobs are still to come, until told to go."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Callable[[], None]] = []
+
+    def soon(self, job: Callable[[], None]) -> None:
+        self.jobs.append(job)
+
+    now = soon
+
+
+def test_streams_are_served_when_it_is_their_turn() -> None:
+    line = Line()
+    both = Both(SLICE * 3, turns=line)
+    for step in range(5):
+        both.bridge.publish(emits(both.sinks, step), EngineStats())
+        both.turn()
+    assert len(line.jobs) == 1  # steps that come meanwhile are merged with what waits, or into the round behind it
+    while line.jobs:
+        line.jobs.pop(0)()
+    assert all(sink.ids == list(range(5)) for sink in both.sinks.values())
     both.close()
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import signal
 import sys
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from tests.certificates import certificate
 from vserve.api.access import Keys
@@ -133,6 +136,23 @@ def test_keys_and_certificate_are_reloaded_each_on_its_own(tmp_path: Path, caplo
     assert edge.ssl_context is context
 
 
+def test_a_hangup_with_nothing_to_read_again_is_one_line_and_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    edge = made()
+
+    async def hang_up() -> None:
+        handled, loop = asyncio.Event(), asyncio.get_running_loop()
+        edge.watch(loop)
+        signal.raise_signal(signal.SIGHUP)
+        loop.add_signal_handler(signal.SIGUSR2, handled.set)  # handled behind the first: signals are told in order
+        signal.raise_signal(signal.SIGUSR2)
+        await asyncio.wait_for(handled.wait(), 10)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(hang_up())
+    assert lines(caplog) == ["SIGHUP: there is neither an --api-key-file nor an --ssl-certfile to read again"]
+
+
 ISSUER = ("--oauth2-issuer", "https://sso.example", "--oauth2-audience", "vserve")
 
 
@@ -159,6 +179,12 @@ def test_an_issuer_is_asked_only_once_the_server_runs_and_its_tokens_are_then_tr
         (("--oauth2-issuer", "http://sso.example", *ISSUER[2:]), "--oauth2-issuer: 'http://sso.example' is not"),
         ((*ISSUER, "--oauth2-jwks-url", "file:///etc/passwd"), "--oauth2-jwks-url: 'file:///etc/passwd' is not"),
         ((*ISSUER, "--oauth2-scopes", "read=root"), "--oauth2-scopes: 'read=root' is not"),
+        (("--oauth2-quotas", "tokens_per_day=9"), "--oauth2-quotas needs --oauth2-issuer"),
+        ((*ISSUER, "--oauth2-quotas", "tokens_per_year=9"), "--oauth2-quotas: 'tokens_per_year=9' is not NAME=NUMBER"),
+        ((*ISSUER, "--oauth2-quotas", "tokens_per_day"), "--oauth2-quotas: 'tokens_per_day' is not NAME=NUMBER"),
+        ((*ISSUER, "--oauth2-quotas", "tokens_per_day=1,tokens_per_day=2"), "--oauth2-quotas: 'tokens_per_day=2' is"),
+        ((*ISSUER, "--oauth2-quotas", "tokens_per_day=0"), "--oauth2-quotas: tokens_per_day must be a whole number"),
+        ((*ISSUER, "--oauth2-quotas", "requests_per_minute=0"), "--oauth2-quotas: requests_per_minute must be a"),
     ],
 )
 def test_flags_that_make_no_issuer_end_the_start(flags: tuple[str, ...], said: str) -> None:

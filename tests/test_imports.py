@@ -12,7 +12,21 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 STDLIB = frozenset(sys.stdlib_module_names)
 
-POLICY = frozenset({"encoding", "encoding_queue", "request", "inbox", "pages", "prefix", "sequence", "scheduler"})
+POLICY = frozenset(
+    {
+        "encoding",
+        "encoding_queue",
+        "inbox",
+        "limits",
+        "pages",
+        "places",
+        "planner",
+        "prefix",
+        "request",
+        "scheduler",
+        "sequence",
+    }
+)
 """Modules of vserve.engine that decide and never touch a tensor."""
 
 RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
@@ -35,6 +49,7 @@ RULES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     ),
     "observe": (frozenset({"errors"}), frozenset({"prometheus_client", "opentelemetry"})),
     "build": (frozenset(), frozenset()),
+    "preload": (frozenset({"kernels"}), frozenset()),
     "scale": (frozenset({"errors"}), frozenset()),
     "bridge": (frozenset({"engine.policy", "errors"}), frozenset()),
     "encoder_bridge": (frozenset({"engine.policy", "errors"}), frozenset()),

@@ -118,6 +118,27 @@ def test_vllms_list_form_is_taken() -> None:
         settings.parse(["--allowed-origins", "[1]"], {})
 
 
+@pytest.mark.parametrize("names", ["served-model-name", "served-embedding-model-name"])
+@pytest.mark.parametrize(
+    ("argv", "model", "named"),
+    [
+        ("M --{} a b", "M", ("a", "b")),
+        ("M --{} a b --port 1", "M", ("a", "b")),
+        ("--{} a b --model M", "M", ("a", "b")),
+        ("M --{} a b --{} c", "M", ("a", "b", "c")),
+        ("M --{}=a --{}=b", "M", ("a", "b")),
+        ("--{} a M", "M", ("a",)),  # nothing else can be the model
+        ("--{} a b --{} c M", "M", ("a", "b", "c")),
+        ("--{} a --{} b", None, ("a", "b")),
+    ],
+)
+def test_one_flag_takes_several_names_as_vllms_does(
+    names: str, argv: str, model: str | None, named: tuple[str, ...]
+) -> None:
+    found = settings.parse(argv.replace("{}", names).split(), {})
+    assert (found.model, getattr(found, names.replace("-", "_"))) == (model, named)
+
+
 def test_vllms_flags_without_effect_are_taken_and_said() -> None:
     argv = ["--trust-remote-code", "--swap-space", "4", "-tp", "1", "--disable-log-requests"]
     found = settings.read(argv, {})

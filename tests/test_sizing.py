@@ -79,12 +79,21 @@ def test_only_the_linear_layers_of_the_blocks_are_quantised() -> None:
     assert taken == weight_bytes(config, 2) - layers + 4 * outputs + 3 * 4 * COUNTERS_BYTES
 
 
-def test_experts_and_their_routers_stay_plain() -> None:
+def test_experts_are_packed_and_their_routers_are_not() -> None:
     config = ModelConfig.from_json(config_json("mixtral"))
-    attention = config.num_layers * 2 * (config.num_heads + config.num_kv_heads) * config.head_dim * config.hidden_size
-    packed = weight_bytes(config, 2, Quantisation("awq", 4, None)) - 2 * COUNTERS_BYTES * config.num_layers
-    outputs = config.num_layers * ((config.num_heads + 2 * config.num_kv_heads) * config.head_dim + config.hidden_size)
-    assert packed == weight_bytes(config, 2) - attention * 2 + attention // 2 + 2 * outputs
+    assert config.experts is not None
+    layers, width, inner, count = config.num_layers, config.hidden_size, config.intermediate_size, config.experts.count
+    attention = layers * 2 * (config.num_heads + config.num_kv_heads) * config.head_dim * width
+    experts = layers * count * 3 * width * inner
+    outputs = layers * ((config.num_heads + 2 * config.num_kv_heads) * config.head_dim + width)
+    counters = 2 * COUNTERS_BYTES * layers
+    plain = weight_bytes(config, 2)
+    in_order = weight_bytes(config, 2, Quantisation("gptq", 4, None)) - counters
+    both = attention + experts
+    assert in_order == plain - both * 2 + both // 2 + 2 * (outputs + layers * count * (2 * inner + width))
+    orders = 8 * layers * (width + config.num_heads * config.head_dim)
+    in_orders = weight_bytes(config, 2, Quantisation("gptq", 4, None, row_bytes=8)) - counters
+    assert in_orders >= plain - attention * 2 + attention // 2 + 2 * outputs + orders
 
 
 @given(

@@ -47,7 +47,8 @@ from vserve.sizing import (
 from vserve.text import gguf_vocab
 from vserve.text.grammar import Grammars, why_none
 from vserve.text.template import ChatTemplate, find_templates, read_template
-from vserve.text.tokenizer import Tokenizer, eos_ids_in, has_tokenizer
+from vserve.text.tokenizer import Tokenizer
+from vserve.text.tokenizer_files import eos_ids_in, has_tokenizer
 
 if TYPE_CHECKING:  # its kernels need Triton, which torch for CPUs comes without
     from vserve.engine.cuda_runner import CudaRunner
@@ -114,39 +115,28 @@ def assemble(
     )
     if quantised is not None and quantised.online and device.type == "cpu":
         raise StartupError("--quantization fp8: plain weights become fp8 on a GPU only; leave the flag out")
-    with ThreadPoolExecutor(2, thread_name_prefix="beside") as beside:
+    with ThreadPoolExecutor(1, thread_name_prefix="words") as beside:
         words = beside.submit(_words, config, source)
-        compiler = beside.submit(_prepare_compiler, device)
-        reporter.begin("loading weights")
-        with _explained(device, "loading weights"):
-            decoder = load(
-                source,
-                device=device,
-                dtype=dtype,
-                load_format=config.load_format,
-                seed=config.seed,
-                allow_nan=config.allow_nan_weights,
-                quantization=quantised,
-                progress=reporter.update,
-            )
+        decoder = _load(config, source, device, dtype, quantised, reporter)
+        reporter.begin("making the KV cache")
+        sizes = SIZES[device.type]
+        rows = config.max_num_seqs or sizes.max_num_seqs
+        tokens = config.max_num_batched_tokens or sizes.max_num_batched_tokens
+        form = _stored_form(config, source, quantised)
+        kept = reserve(
+            source.config, max_num_seqs=rows, max_tokens=tokens, element_bytes=dtype.itemsize, quantisation=form
+        )
+        weights = Weighed.now(device)
+        plan = plan_cache(
+            source.config,
+            budget_bytes=config.kv_cache_memory_bytes or _budget(config, weights, kept),
+            element_bytes=dtype.itemsize,
+            block_size=config.block_size,
+            max_model_len=config.max_model_len,
+        )
+        runner, chunk = _runner(config, decoder, plan, rows, tokens, reporter)
         tokenizer, template, grammars = words.result()
-        compiler.result()
     tokenizer.check_fits(source.config.vocab_size)
-    reporter.begin("making the KV cache")
-    sizes = SIZES[device.type]
-    rows = config.max_num_seqs or sizes.max_num_seqs
-    tokens = config.max_num_batched_tokens or sizes.max_num_batched_tokens
-    form = _stored_form(config, source, quantised)
-    kept = reserve(source.config, max_num_seqs=rows, max_tokens=tokens, element_bytes=dtype.itemsize, quantisation=form)
-    weights = Weighed.now(device)
-    plan = plan_cache(
-        source.config,
-        budget_bytes=config.kv_cache_memory_bytes or _budget(config, weights, kept),
-        element_bytes=dtype.itemsize,
-        block_size=config.block_size,
-        max_model_len=config.max_model_len,
-    )
-    runner, chunk = _runner(config, decoder, plan, rows, tokens, reporter)
     limits = Limits(
         num_blocks=plan.num_blocks,
         block_size=plan.block_size,
@@ -173,11 +163,51 @@ def assemble(
     return Engine(source, tokenizer, template, loop, heartbeat, plan, device, grammars, memory)
 
 
-def _prepare_compiler(device: torch.device) -> None:
-    if device.type != "cpu":
-        from vserve.kernels import ahead
+def _load(
+    config: Config,
+    source: ModelSource,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantised: Quantization | None,
+    reporter: Reporter,
+) -> Decoder:
+    """The model on its device, and beside it what the first step on a GPU would wait for."""
+    with ThreadPoolExecutor(2, thread_name_prefix="beside") as beside:
+        prepared = [] if device.type == "cpu" else [
+            beside.submit(_prepare_compiler), beside.submit(_prepare_products, device, dtype)
+        ]  # fmt: skip
+        reporter.begin("loading weights")
+        with _explained(device, "loading weights"):
+            decoder = load(
+                source,
+                device=device,
+                dtype=dtype,
+                load_format=config.load_format,
+                seed=config.seed,
+                allow_nan=config.allow_nan_weights,
+                quantization=quantised,
+                progress=reporter.update,
+            )
+            for one in prepared:
+                one.result()
+    return decoder
 
-        ahead.prepare()
+
+def _prepare_compiler() -> None:
+    from vserve.kernels import ahead
+
+    ahead.prepare()
+
+
+def _prepare_products(device: torch.device, dtype: torch.dtype) -> None:
+    """Let torch's products load and set up what they need: a tenth of a second.  Its thread must end before G's first.
+
+    The handle that the library keeps for a thread goes to another only then.
+    """
+    square = torch.zeros((64, 64), dtype=dtype, device=device)
+    torch.mm(square, square)
+    torch.nn.functional.embedding(torch.zeros(1, dtype=torch.int64, device=device), square)
+    torch.cuda.synchronize(device)
 
 
 def _explained(device: torch.device, what: str) -> AbstractContextManager[None]:
@@ -204,7 +234,6 @@ def _runner(
     cuda = assemble_cuda.make_runner(decoder, plan, max_num_seqs=rows, max_tokens=tokens, reporter=reporter)
     chunk = config.max_prefill_chunk or assemble_cuda.prefill_chunk(cuda)
     cuda.leave_out(chunk)
-    assemble_cuda.capture_more(cuda)
     return cuda, chunk
 
 

@@ -15,8 +15,9 @@ from typing import Final
 import torch
 
 from vserve.engine.cuda_runner import CudaRunner
-from vserve.engine.shapes import MIXED_DECODES, MIXED_SIZES, Shape
+from vserve.engine.shapes import MIXED_DECODES, MIXED_SIZES, Buckets, Shape
 from vserve.errors import StartupError
+from vserve.kernels.gemv import MAX_ROWS
 from vserve.model.gpu_decoder import GpuDecoder
 from vserve.model.memory import CachePlan, gib
 from vserve.observe.progress import Reporter
@@ -28,9 +29,8 @@ MIXED_STEP_S: Final = 0.015
 CHUNK_LEAST: Final = 256
 CHUNK_MOST: Final = 2048
 PROBE_TOKENS: Final = 512
-FIRST_DECODES: Final = (1, 8)
-MORE_GRAPHS_S: Final = 0.8
-"""Seconds of the start for graphs beyond the first ones; what is left is captured in idle moments."""
+FIRST_DECODES: Final = (1, 8, 32, 128)
+"""Beside the largest: until idle moments bring the others, a batch is padded to at most four times its size."""
 COMPILERS: Final = 16
 """Threads that compile kernels at a cold start."""
 
@@ -58,10 +58,11 @@ def make_runner(
         runner = CudaRunner(
             decoder, cache, max_num_seqs=max_num_seqs, max_model_len=plan.max_model_len, max_tokens=max_tokens
         )
-    first = first_shapes(runner)
+    first = first_shapes(runner.buckets)
     reporter.begin("compiling kernels")
     with explained("compiling kernels"):
-        compiled = runner.compile(first, min(COMPILERS, os.cpu_count() or 1))
+        wanted = dict.fromkeys((*first, *small_decodes(runner.buckets)))
+        compiled = runner.compile(wanted, min(COMPILERS, os.cpu_count() or 1))
     log.info("%d kernels compiled or taken from the cache", compiled)
     reporter.begin("capturing CUDA graphs")
     with explained("capturing CUDA graphs"):
@@ -74,9 +75,8 @@ def make_runner(
     return runner
 
 
-def first_shapes(runner: CudaRunner) -> list[Shape]:
-    """One decode shape that every batch fits, the smallest ones, and the prompts of one chunk."""
-    buckets = runner.buckets
+def first_shapes(buckets: Buckets) -> list[Shape]:
+    """Decode shapes that every batch fits, some smaller ones, and the prompts of one chunk."""
     most = buckets.decode[-1]
     sizes = sorted({size for size in (*FIRST_DECODES, most) if size <= most}, reverse=True)
     shapes = [Shape(size, size, 0) for size in sizes]
@@ -90,6 +90,11 @@ def first_shapes(runner: CudaRunner) -> list[Shape]:
     return shapes
 
 
+def small_decodes(buckets: Buckets) -> list[Shape]:
+    """The decode shapes whose products are kernels of ours: later captures of them are not to wait for a compiler."""
+    return [Shape(size, size, 0) for size in buckets.decode if size <= MAX_ROWS]
+
+
 def prefill_chunk(runner: CudaRunner) -> int:
     """Prompt tokens that a step of about MIXED_STEP_S takes in, by the time of one that was measured."""
     shape = runner.buckets.choose(0, 1, min(PROBE_TOKENS, runner.buckets.tokens[-1]))
@@ -97,13 +102,3 @@ def prefill_chunk(runner: CudaRunner) -> int:
     chunk = max(CHUNK_LEAST, min(CHUNK_MOST, int(rate * MIXED_STEP_S)))
     log.info("prefill runs at %.0f tokens a second: at most %d tokens beside decodes", rate, chunk)
     return chunk
-
-
-def capture_more(runner: CudaRunner) -> None:
-    """Capture graphs for a moment, the likely ones first: under load each would cost every stream a pause."""
-    began = time.perf_counter()
-    with explained("capturing CUDA graphs"):
-        while time.perf_counter() - began < MORE_GRAPHS_S and runner.idle():
-            pass
-        torch.cuda.synchronize()
-    log.info("%d CUDA graphs at the start", runner.num_graphs)

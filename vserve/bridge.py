@@ -22,8 +22,10 @@ from vserve.errors import EngineDied, Unavailable
 
 log = logging.getLogger(__name__)
 
-SLICE = 64
-"""Streams served in one callback of the loop before other callbacks get a turn (keeps a callback near 1 ms)."""
+SLICE = 32
+SLICE_S = 0.00015
+"""Most streams served in one turn of the loop, and the seconds after which it takes no further one: sockets are read
+between two turns, and first and last tokens cost ten times as much as others."""
 
 
 class TokenSink(Protocol):
@@ -80,6 +82,26 @@ class Tracer(Protocol):
         """Such a sequence has ended; once for each."""
 
 
+class Turns(Protocol):
+    """When the loop runs long jobs.  Called on L only."""
+
+    def soon(self, job: Callable[[], None], /) -> object:
+        """Run the job in a later pass of the loop."""
+
+    def now(self, job: Callable[[], None], /) -> object:
+        """Run the job at once where no other waits, else soon."""
+
+
+class _Unpaced:
+    """Turns of a loop that has no other long jobs."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.soon = loop.call_soon
+
+    def now(self, job: Callable[[], None], /) -> None:
+        job()
+
+
 class _Unmetered:
     """A Meter that measures nothing."""
 
@@ -105,13 +127,18 @@ class _Stream:
 class Bridge:
     """Joins one event loop and one engine thread.  Thread of each method: see its docstring.
 
-    clock: time.monotonic, the clock of the requests' arrival_s.
+    clock: time.monotonic, the clock of the requests' arrival_s.  turns: shared with what else runs long on the loop.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, inbox: Inbox, clock: Callable[[], float] = time.monotonic
+        self,
+        loop: asyncio.AbstractEventLoop,
+        inbox: Inbox,
+        clock: Callable[[], float] = time.monotonic,
+        turns: Turns | None = None,
     ) -> None:
         self._loop = loop
+        self._turns: Turns = turns or _Unpaced(loop)
         self._inbox = inbox
         self._clock = clock
         self._streams: dict[RequestId, _Stream] = {}
@@ -193,7 +220,8 @@ class Bridge:
                 self.on_stats(self.stats)
             except Exception:  # the round below would never be run, and every stream would wait for ever
                 log.exception("the engine's stats could not be counted")
-        self._fan_out()
+        if self._ready:
+            self._turns.now(self._fan_out)
 
     def _gather(self) -> None:
         self._wake_pending = False  # before reading: a publish after this line wakes the loop again
@@ -206,13 +234,17 @@ class Bridge:
         self._ready.extend(parts[0] if len(parts) == 1 else merge(parts) for parts in merged.values())
 
     def _fan_out(self) -> None:
-        ready, now_s = self._ready, self._clock()  # one reading a slice: it lasts about a millisecond
+        ready, now_s = self._ready, self._clock()
+        until_s = now_s + SLICE_S
         for _ in range(min(SLICE, len(ready))):
             self._deliver(ready.popleft(), now_s)
+            now_s = self._clock()
+            if now_s >= until_s:
+                break
         if ready:
-            self._loop.call_soon(self._fan_out)
+            self._turns.soon(self._fan_out)
         elif self._published:
-            self._loop.call_soon(self._drain)
+            self._turns.soon(self._drain)
 
     def _deliver(self, emit: Emit, now_s: float) -> None:
         stream = self._streams.get(emit.id)

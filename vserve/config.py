@@ -20,7 +20,8 @@ class Flag:
 
     low, high: inclusive bounds of a number.  choices: the only values allowed.  unit: what a number counts.
     aliases: other flags with the same meaning; env: other environment variables, tried after VSERVE_*.
-    split: a list's values may also be given in one, with commas between them.  secret: never shown.
+    split: a list's values may also be given in one, with commas between them.  several: one flag may be followed by
+    several of them.  secret: never shown.
     """
 
     help: str
@@ -33,6 +34,7 @@ class Flag:
     env: tuple[str, ...] = ()
     parse: Callable[[str], Value] | None = None
     split: bool = False
+    several: bool = False
     secret: bool = False
 
 
@@ -67,7 +69,7 @@ class Config:
         "model",
     )
     served_model_name: tuple[str, ...] = _option(
-        (), "name clients use in the field model; repeat the flag for several, the first is shown", "model"
+        (), "name clients use in the field model; several may follow, replies show the first", "model", several=True
     )
     embedding_model: str | None = _option(
         None,
@@ -76,7 +78,10 @@ class Config:
         "model",
     )
     served_embedding_model_name: tuple[str, ...] = _option(
-        (), "name clients use for the embedding model; repeat the flag for several, the first is shown", "model"
+        (),
+        "name clients use for the embedding model; several may follow, replies show the first",
+        "model",
+        several=True,
     )
     embedding_dtype: str = _option(
         "auto",
@@ -312,6 +317,13 @@ class Config:
         ("infer", "admin"),
         "what the issuer's scopes open here, as SCOPE=OURS with OURS infer, admin or metrics, or OURS alone; several "
         "with commas; infer,admin by default",
+        "access",
+        split=True,
+    )
+    oauth2_quotas: tuple[str, ...] = _option(
+        (),
+        "what each subject of the issuer may spend, with commas: requests_per_minute=60,tokens_per_day=1000000, and "
+        "whatever else a table of --api-key-file may say so; no bound by default",
         "access",
         split=True,
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from vserve.api.access import SCOPES, Keys
 from vserve.api.cors import Cors
-from vserve.api.key_file import read_keys
+from vserve.api.key_file import read_allowance, read_keys
 from vserve.config import Config
 from vserve.errors import StartupError
 from vserve.http.access_log import AccessWriter
@@ -51,14 +51,10 @@ class Edge:
         return self._tls.context if self._tls is not None else None
 
     def watch(self, loop: AbstractEventLoop) -> None:
-        """Begin to fetch the issuer's keys, and reload on SIGHUP.
-
-        With nothing to reload the signal keeps its meaning, the end of the terminal.
-        """
+        """Begin to fetch the issuer's keys, and reload on SIGHUP; with nothing to reload it ends nothing either."""
         if self._issuer is not None:
             self._issuer.start()
-        if self._key_file is not None or self._tls is not None:
-            loop.add_signal_handler(signal.SIGHUP, self.reload)
+        loop.add_signal_handler(signal.SIGHUP, self.reload)
 
     def stop(self) -> None:
         """The server ends."""
@@ -67,6 +63,8 @@ class Edge:
 
     def reload(self) -> None:
         """Read keys and certificates again; of each, what cannot be used leaves the old in place and one line."""
+        if self._key_file is None and self._tls is None:
+            log.info("SIGHUP: there is neither an --api-key-file nor an --ssl-certfile to read again")
         if self._key_file is not None:
             try:
                 keys = read_keys(self._key_file)
@@ -137,8 +135,9 @@ def _issuer(config: Config, keys: Keys) -> IssuerKeys | None:
     """The issuer's keys, not yet fetched; its tokens are then trusted."""
     issuer, audience, jwks_url = config.oauth2_issuer, config.oauth2_audience, config.oauth2_jwks_url
     if issuer is None:
-        for flag, value in (("--oauth2-audience", audience), ("--oauth2-jwks-url", jwks_url)):
-            if value is not None:
+        given = (audience, jwks_url, config.oauth2_quotas)
+        for flag, value in zip(("--oauth2-audience", "--oauth2-jwks-url", "--oauth2-quotas"), given, strict=True):
+            if value not in (None, ()):
                 raise StartupError(f"{flag} needs --oauth2-issuer")
         return None
     check_url("--oauth2-issuer", issuer)
@@ -148,12 +147,16 @@ def _issuer(config: Config, keys: Keys) -> IssuerKeys | None:
         check_url("--oauth2-jwks-url", jwks_url)
     grants = Grants.parse(config.oauth2_scopes, SCOPES)
     try:
+        each = read_allowance(config.oauth2_quotas)
+    except StartupError as error:
+        raise StartupError(f"--oauth2-quotas: {error}") from None
+    try:
         from vserve.oauth.issuer import IssuerKeys
         from vserve.oauth.tokens import Tokens
     except ImportError as error:
         raise StartupError(f"--oauth2-issuer needs {error.name}: pip install 'vserve[oauth]'") from None
     found = IssuerKeys(issuer, jwks_url)
-    keys.trust(Tokens(found, issuer, audience, grants))
+    keys.trust(Tokens(found, issuer, audience, grants), each)
     return found
 
 

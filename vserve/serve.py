@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from vserve import __version__
+from vserve import __version__, preload
 from vserve.config import Config
 from vserve.errors import EngineDied, EngineStalled, StartupError, Unavailable
 from vserve.model import cpu
@@ -64,6 +64,16 @@ def serve(config: Config) -> int:
     reduced = config.device != "cuda" and not {config.dtype, config.embedding_dtype}.isdisjoint(("bfloat16", "float16"))
     os.environ.update(cpu.library_environment(os.environ, reduced_precision=reduced))
     faulthandler.enable()  # a model file cut while it is mapped ends the process by a signal: say where
+    ahead = preload.begin(config.device)
+    gc.disable()  # until all is imported: next to nothing of that is garbage
+    try:
+        return _run(config)
+    finally:
+        ahead.wait()
+        gc.enable()
+
+
+def _run(config: Config) -> int:
     import uvloop
 
     sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -161,7 +171,7 @@ class _Service:
         else:
             await self._http.listen(uds=config.uds, ssl_context=edge.ssl_context)
         self._inbox = Inbox(config.max_queue, token_limit=config.max_queued_tokens, retry_after=self._app.retry_after_s)
-        self._bridge = Bridge(loop, self._inbox)
+        self._bridge = Bridge(loop, self._inbox, turns=self._http.site.turns)
         self._encoder = EncoderService(config, self._app, loop)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
@@ -193,6 +203,11 @@ class _Service:
             from vserve.assemble import assemble, choose_device
             from vserve.assemble_encoder import wanted
 
+            gc.freeze()  # what was imported stays: the collector need not look at it again
+            gc.enable()
+            if not preload.has_bytecode("torch"):
+                log.info("Python compiles torch anew at every start, for seconds: its bytecode is not on disk, and "
+                         "cannot be written or may not (PYTHONDONTWRITEBYTECODE)")  # fmt: skip
             embedding, generates = wanted(self._config)
             if embedding is not None:  # first: what it takes of a GPU is then known when the KV cache is made
                 encoder.load(embedding, choose_device(self._config), encoder_failed, reporter)
@@ -203,15 +218,19 @@ class _Service:
             reporter.end()
             tell(self._on_failure, error)
             return
-        if engine is not None and engine.gpu_uuid is not None:
-            self._app.metrics.gpu = utilization_reader(engine.gpu_uuid)  # here: the driver may take its time
         gc.collect()
-        gc.freeze()  # what was made at start stays: the collector need not look at it again
+        gc.freeze()  # so does what is left of the loading
         tell(self._on_ready, engine)
+        if engine is not None and engine.gpu_uuid is not None:
+            threading.Thread(target=self._meet_driver, args=(engine.gpu_uuid,), name="nvml", daemon=True).start()
         if encoder.engine is not None:
             encoder.start()
         if engine is not None:
             engine.loop.run()
+
+    def _meet_driver(self, gpu_uuid: str) -> None:
+        """On a thread of its own: the driver may take its time, and nobody waits for what it says."""
+        self._app.metrics.gpu = utilization_reader(gpu_uuid)
 
     # ---- L -----------------------------------------------------------------------------------------------------
 

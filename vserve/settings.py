@@ -61,7 +61,10 @@ def parser(prog: str = "vserve serve") -> argparse.ArgumentParser:
         else:
             metavar = "|".join(str(choice) for choice in flag.choices) or (flag.unit or name).upper()
             action = "append" if isinstance(item.default, tuple) else "store"
-            group.add_argument(*names, dest=name, default=None, action=action, metavar=metavar, help=help_text)
+            words = "+" if flag.several else None
+            group.add_argument(
+                *names, dest=name, default=None, action=action, nargs=words, metavar=metavar, help=help_text
+            )
     taken = {option for action in made._actions for option in action.option_strings}
     others = made.add_argument_group("taken as vLLM has them, without effect")
     for same in familiar.FAMILIAR:
@@ -93,7 +96,7 @@ def read(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     if unknown:
         raise StartupError(_unknown(unknown[0]))
     given: dict[str, Any] = vars(known)
-    positional = given.pop("MODEL")
+    positional = _join_names(given, given.pop("MODEL"))
     if positional is not None:
         if given["model"] is not None and given["model"] != positional:
             raise StartupError(f"the model is named twice: {positional!r} and --model {given['model']!r}")
@@ -116,6 +119,21 @@ def read(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     if values.get("config") is not None:
         _add_file(values["config"], values, origins)
     return Settings(Config(**values), {name: origins.get(name, DEFAULT) for name in flags()}, notes)
+
+
+def _join_names(given: dict[str, Any], model: str | None) -> str | None:
+    """Make one list of what follows each flag that takes several words; returns MODEL.
+
+    In ``--served-model-name a b`` argparse takes b for a name.  So it is where the command line names the model
+    elsewhere, as with vLLM; where it does not, b is MODEL.
+    """
+    for name, (_, flag) in flags().items():
+        groups = given[name]
+        if flag.several and groups:
+            if model is None and given["model"] is None and len(groups[-1]) > 1:
+                model = groups[-1].pop()
+            given[name] = [word for words in groups for word in words]
+    return model
 
 
 def variables(name: str, flag: Flag) -> tuple[str, ...]:

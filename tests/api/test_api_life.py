@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,18 +20,8 @@ ENDLESS: dict[str, Any] = {"prompt": "x", "max_tokens": 500, "ignore_eos": True}
 
 
 def settled(stand: Stand) -> None:
-    """Until nothing is under way; each look is a round trip to the loop."""
-    for _ in range(20_000):
-        if stand.call(lambda: len(stand.app.replies) + stand.bridge.live + len(stand.app.keep_alive)) == 0:
-            return
-    raise AssertionError("a reply was left behind")
-
-
-def until(stand: Stand, what: Callable[[], bool]) -> None:
-    for _ in range(20_000):
-        if stand.call(what):
-            return
-    raise AssertionError("it did not happen")
+    """Until nothing is under way."""
+    stand.until(lambda: len(stand.app.replies) + stand.bridge.live + len(stand.app.keep_alive) == 0)
 
 
 def whole_stream(peer: socket.socket) -> str:
@@ -61,7 +50,7 @@ def test_a_client_that_vanishes_has_all_its_choices_cancelled(stream: bool, rese
         if not begun:
             stand.engine.running.clear()
         peer = raw_post(stand.port, COMPLETE, {**ENDLESS, "n": 3, "stream": stream})
-        until(stand, lambda: stand.bridge.live == 3)
+        stand.until(lambda: stand.bridge.live == 3)
         if begun and stream:
             assert peer.recv(10)
         if reset:
@@ -90,7 +79,7 @@ def test_a_slow_reader_gets_all_the_text_in_fewer_events_and_little_is_buffered(
     with standing(says("0123456789"), limits=limits, engine={"step_s": 0.001}, send_buffer=4096) as stand:
         peer = raw_post(stand.port, COMPLETE, many, receive_buffer=4096)
         # The engine has finished every choice before the client reads its first byte.
-        until(stand, lambda: stand.bridge.live == 0 and bool(stand.engine.requests))
+        stand.until(lambda: stand.bridge.live == 0 and bool(stand.engine.requests))
         events = parse_events(whole_stream(peer))
         said = [""] * 64
         for event in events[:-1]:
@@ -109,7 +98,7 @@ def test_a_slow_reader_that_vanishes_leaves_nothing_behind() -> None:
     limits = Limits(write_high_bytes=4096, write_low_bytes=1024)
     with standing(says("0123456789"), limits=limits, engine={"step_s": 0.001}, send_buffer=4096) as stand:
         peer = raw_post(stand.port, COMPLETE, {**ENDLESS, "stream": True, "n": 64}, receive_buffer=4096)
-        until(stand, lambda: stand.bridge.live == 0 and bool(stand.engine.requests))
+        stand.until(lambda: stand.bridge.live == 0 and bool(stand.engine.requests))
         peer.close()
         settled(stand)
 
@@ -215,7 +204,7 @@ def test_an_abort_ends_open_replies_with_its_error() -> None:
         stream = raw_post(stand.port, COMPLETE, {**ENDLESS, "stream": True})
         assert stream.recv(1) == b"H"
         whole = raw_post(stand.port, COMPLETE, ENDLESS)
-        until(stand, lambda: stand.bridge.live == 2)
+        stand.until(lambda: stand.bridge.live == 2)
         stand.call(lambda: stand.app.abort(Unavailable("The server was told to stop.", close=True)))
         data = b""
         while not data.endswith(b"0\r\n\r\n"):

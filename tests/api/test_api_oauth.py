@@ -10,6 +10,7 @@ import requests
 from tests.fakes_api import Stand, standing
 from tests.issuer import AUDIENCE, RSA_KEY, Issuer, eventually, issuing, jwk
 from vserve.api.access import SCOPES, Key
+from vserve.api.quota import NO_BOUND, Allowance, Goods, Quota, Span
 from vserve.oauth.grants import Grants
 from vserve.oauth.issuer import IssuerKeys
 from vserve.oauth.tokens import Tokens
@@ -17,10 +18,10 @@ from vserve.oauth.tokens import Tokens
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
-def trusting(stand: Stand, issuer: Issuer, *scopes: str, wait: bool = True) -> IssuerKeys:
+def trusting(stand: Stand, issuer: Issuer, *scopes: str, wait: bool = True, each: Allowance = NO_BOUND) -> IssuerKeys:
     keys = IssuerKeys(issuer.url)
     grants = Grants.parse(scopes or ("chat=infer", "ops=admin"), SCOPES)
-    stand.call(lambda: stand.app.keys.trust(Tokens(keys, issuer.url, AUDIENCE, grants)))
+    stand.call(lambda: stand.app.keys.trust(Tokens(keys, issuer.url, AUDIENCE, grants), each))
     keys.start()
     if wait:
         eventually(lambda: keys.current)
@@ -107,6 +108,18 @@ def test_a_response_is_kept_for_its_subject_alone(stand: Stand, issuer: Issuer) 
     path = f"/v1/responses/{made.json()['id']}"
     assert stand.get(path, **head("alice")).status_code == 200
     assert stand.get(path, **head("bob")).status_code == 404
+
+
+def test_answers_count_against_the_quota_of_their_subject_alone(issuer: Issuer) -> None:
+    with standing() as stand:
+        keys = trusting(stand, issuer, each=Allowance(None, (Quota(Goods.TOKENS, Span.DAY, 1),)))
+        alice, bob = (issuer.token(sub=sub, scope="chat") for sub in ("alice", "bob"))
+        assert chat(stand, alice).status_code == 200
+        again = chat(stand, issuer.token(sub="alice", scope="chat", jti="another"))
+        assert (again.status_code, again.json()["error"]["type"]) == (429, "RateLimitError")
+        assert int(again.headers["retry-after"]) > 86_000
+        assert chat(stand, bob).status_code == 200
+        keys.stop()
 
 
 def test_a_dead_issuer_costs_bearers_of_keys_and_probes_nothing(issuer: Issuer) -> None:

@@ -8,10 +8,11 @@ import pytest
 
 from tests.fakes_api import standing
 from tests.fakes_http import ManualClock
-from vserve.api.access import Key, Keys, digest
-from vserve.api.key_file import MAX_QUOTA, read_keys
-from vserve.api.quota import Goods, Quota, Span
+from vserve.api.access import SCOPES, Key, Keys, digest
+from vserve.api.key_file import MAX_QUOTA, read_allowance, read_keys
+from vserve.api.quota import Accounts, Goods, Quota, Span
 from vserve.errors import RateLimited, StartupError
+from vserve.oauth.grants import Grants, Subject
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 BEARER = "Bearer secret"
@@ -114,6 +115,46 @@ def test_a_request_refused_for_its_rate_costs_no_quota_and_the_other_way_round()
     refusal = keys.spend(caller)
     assert refusal is not None
     assert "its quota is 2 a day" in refusal.message
+
+
+class _Issuer:
+    """Every token is good, and is its subject's name."""
+
+    grants = Grants.parse(("infer",), SCOPES)
+
+    def check(self, token: str) -> Subject:
+        return Subject(token, frozenset({"infer"}))
+
+
+def test_each_subject_of_an_issuer_has_the_same_quotas_and_an_account_of_its_own() -> None:
+    clock = ManualClock()
+    keys = Keys(clock=clock)
+    keys.name([key(Quota(Goods.REQUESTS, Span.DAY, 1), name="alice")])
+    keys.trust(_Issuer(), read_allowance(["requests_per_day=2", "tokens_per_minute=10", "requests_per_minute=1.5"]))
+    alice, bob = keys.check("Bearer alice", "infer"), keys.check("Bearer bob", "infer")
+    assert keys.spend(alice) is None
+    refusal = keys.spend(alice)
+    assert refusal is not None
+    assert refusal.message.startswith("This subject may make 1.5 requests a minute")
+    clock.now_s += 60
+    keys.use(alice, 11)
+    refusal = keys.spend(alice)
+    assert refusal is not None
+    assert refusal.message.startswith("This subject has used 11 tokens, its quota is 10 a minute")
+    assert keys.spend(bob) is None
+    clock.now_s += 60
+    assert keys.spend(keys.check("Bearer alice", "infer")) is None
+    keys.name([])  # a reload of the key file is no concern of subjects
+    refusal = keys.spend(alice)
+    assert refusal is not None
+    assert "its quota is 2 a day" in refusal.message
+
+
+def test_of_more_subjects_than_are_kept_those_are_forgotten_that_came_longest_ago() -> None:
+    accounts, each = Accounts("subject", 2), read_allowance(["requests_per_day=1"])
+    assert [accounts.spend(name, each, 0.0) is None for name in "aba"] == [True, True, False]
+    assert accounts.spend("c", each, 0.0) is None  # b came longest ago
+    assert [accounts.spend(name, each, 0.0) is None for name in "acb"] == [False, False, True]
 
 
 def test_tokens_of_answers_count_and_then_the_key_gets_429() -> None:

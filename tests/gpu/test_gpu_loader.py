@@ -8,6 +8,7 @@ import torch
 from tests.model.driving import config_of, random_model, weights_of
 from vserve.model import loader, upload
 from vserve.model.gpu_decoder import GpuDecoder
+from vserve.model.linear import PlainLinear
 
 CUDA = torch.device("cuda")
 
@@ -22,13 +23,15 @@ def test_every_layer_holds_the_files_numbers(
     weights, config = weights_of(model), config_of(model)
     decoder = loader.load_weights(weights, config, device=CUDA, dtype=dtype)
     assert isinstance(decoder, GpuDecoder)
-    for number, (_, qkv, output, _, gate_up, down) in enumerate(decoder._layers):
+    assert decoder._fused is not None
+    for number, layer in enumerate(decoder._fused[0]):
         for linear, names in (
-            (qkv, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-            (output, ("self_attn.o_proj",)),
-            (gate_up, ("mlp.gate_proj", "mlp.up_proj")),
-            (down, ("mlp.down_proj",)),
+            (layer.qkv, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            (layer.output, ("self_attn.o_proj",)),
+            (layer.gate_up, ("mlp.gate_proj", "mlp.up_proj")),
+            (layer.down, ("mlp.down_proj",)),
         ):
+            assert isinstance(linear, PlainLinear)
             wanted = torch.cat([weights.get(f"model.layers.{number}.{name}.weight").data for name in names])
             assert torch.equal(linear.weight.cpu(), wanted.to(dtype)), (number, names)
     ids = torch.arange(config.vocab_size, device=CUDA)

@@ -15,6 +15,7 @@ from vserve.http.events import RequestHead
 from vserve.http.exchange import Exchange, Response
 from vserve.http.limits import Limits
 from vserve.http.router import Route
+from vserve.http.site import FLUSH_SLICE
 
 PING = b"GET /ping HTTP/1.1\r\nHost: a\r\n\r\n"
 HOLD = b"GET /hold HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -687,9 +688,11 @@ def test_many_streams_are_flushed_in_slices() -> None:
         for exchange in edge.held.exchanges:
             exchange.start_stream(200, "text/plain")
             exchange.write(b"x")
-        await turns(1)
-        assert sum(client.writes for client in clients) == 64
-        await turns(1)
+        written = [0]
+        while written[-1] < 100:
+            await turns(1)
+            written.append(sum(client.writes for client in clients))
+        assert written == [*range(0, 100, FLUSH_SLICE), 100]
         assert [client.writes for client in clients] == [1] * 100
         await edge.server.close(0)
         assert (edge.server.connections, edge.held.gone) == (0, 100)
@@ -870,7 +873,7 @@ def test_the_task_of_a_vanished_client_is_cancelled(how: str, passes: int) -> No
         await turns(passes)
         getattr(client, how)()
         await turns()
-        assert edge.waiter.cancelled == edge.waiter.started == min(passes, 1)
+        assert edge.waiter.cancelled == edge.waiter.started == 1
         await over(client, edge)
 
     run(main)
@@ -965,6 +968,7 @@ def test_a_head_that_drips_gets_ten_seconds_in_all() -> None:
         for byte in range(11):
             client.send(PING[byte : byte + 1])
             edge.pass_time(0.95)
+            await turns(1)
         await turns()
         assert [status for status, _ in read(client)] == [408]
         assert client.ended

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import os
+import resource
+import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,8 +27,10 @@ from vserve.http.tls import Tls, TlsFiles
 Ask = Callable[..., Awaitable[tuple[int, bytes]]]
 
 
-def get(port: int, trusted: str, client: tuple[str, str] | None, version: ssl.TLSVersion | None) -> tuple[int, bytes]:
-    """GET /ping, trusting one certificate only: the status and the server's certificate."""
+def get(
+    port: int, trusted: str, client: tuple[str, str] | None, version: ssl.TLSVersion | None, path: str
+) -> tuple[int, bytes]:
+    """GET, trusting one certificate only: the status and the server's certificate."""
     context = ssl.create_default_context(cafile=trusted)
     if client is not None:
         context.load_cert_chain(*client)
@@ -33,10 +38,11 @@ def get(port: int, trusted: str, client: tuple[str, str] | None, version: ssl.TL
         context.minimum_version = context.maximum_version = version
     link = http.client.HTTPSConnection("127.0.0.1", port, timeout=20, context=context)
     try:
-        link.request("GET", "/ping")
-        status = link.getresponse().status
+        link.connect()
         assert isinstance(link.sock, ssl.SSLSocket)
-        return status, link.sock.getpeercert(binary_form=True) or b""
+        shown = link.sock.getpeercert(binary_form=True) or b""
+        link.request("GET", path)
+        return link.getresponse().status, shown
     finally:
         link.close()
 
@@ -45,14 +51,20 @@ def run(tls: Tls, steps: Callable[[Ask, HttpServer], Awaitable[None]], limits: L
     """Serve with the context on uvloop while the steps ask."""
 
     async def main() -> None:
-        routes = [Route("GET", "/ping", lambda _: Response(200), "ping", auth="open", vital=True)]
+        routes = [
+            Route("GET", "/ping", lambda _: Response(200), "ping", auth="open", vital=True),
+            Route("GET", "/plain", lambda _: Response(200), "plain", auth="open"),
+        ]
         server = HttpServer(Router(routes), limits or Limits(), render_error)
         await server.listen("127.0.0.1", 0, ssl_context=tls.context)
 
         async def ask(
-            trusted: str, client: tuple[str, str] | None = None, version: ssl.TLSVersion | None = None
+            trusted: str,
+            client: tuple[str, str] | None = None,
+            version: ssl.TLSVersion | None = None,
+            path: str = "/ping",
         ) -> tuple[int, bytes]:
-            return await asyncio.to_thread(get, server.port or 0, trusted, client, version)
+            return await asyncio.to_thread(get, server.port or 0, trusted, client, version, path)
 
         try:
             await steps(ask, server)
@@ -181,6 +193,79 @@ def test_an_encrypted_key_is_refused_instead_of_asking_the_terminal(tmp_path: Pa
     files = certificate(tmp_path, "locked", "-passout", "pass:secret")
     with pytest.raises(StartupError, match="the key is encrypted"):
         Tls(TlsFiles(*files))
+
+
+def test_connections_in_their_handshake_count_and_too_many_are_dropped_before_it(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path, "one")
+
+    async def steps(ask: Ask, server: HttpServer) -> None:
+        mute = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(2)]
+        with refused():  # no handshake at all
+            await ask(cert)
+        assert server.connections == 2
+        mute[0][1].close()
+        assert await server.site.quiet(lambda: server.connections == 1, 20)
+        assert (await ask(cert))[0] == 200  # a vital route
+        assert await server.site.quiet(lambda: server.connections == 1, 20)
+        assert (await ask(cert, path="/plain"))[0] == 503
+        mute[1][1].close()
+        assert await server.site.quiet(lambda: server.connections == 0, 20)
+        assert (await ask(cert, path="/plain"))[0] == 200
+
+    run(Tls(TlsFiles(cert, key)), steps, Limits(connections=1, spare_connections=1))
+
+
+def test_handshakes_count_for_their_address(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path, "one")
+
+    async def steps(ask: Ask, server: HttpServer) -> None:
+        _, mute = await asyncio.open_connection("127.0.0.1", server.port)
+        assert (await ask(cert, path="/plain"))[0] == 429
+        mute.close()
+        assert await server.site.quiet(lambda: server.connections == 0, 20)
+        assert (await ask(cert, path="/plain"))[0] == 200
+
+    run(Tls(TlsFiles(cert, key)), steps, Limits(connections_per_address=1))
+
+
+def test_a_server_that_closes_ends_the_handshakes_that_are_under_way(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path, "one")
+
+    async def steps(ask: Ask, server: HttpServer) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        assert (await ask(cert))[0] == 200  # by now the mute one was accepted
+        await server.close(1.0)
+        assert server.connections == 0
+        with suppress(ConnectionError):
+            assert await asyncio.wait_for(reader.read(), 20) == b""
+        writer.close()
+
+    run(Tls(TlsFiles(cert, key)), steps, Limits(tls_handshake_s=3600))
+
+
+def test_without_descriptors_nothing_is_accepted_and_then_it_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cert, key = certificate(tmp_path, "one")
+
+    async def steps(ask: Ask, server: HttpServer) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with socket.socket() as client:
+            client.setblocking(False)
+            free = os.dup(client.fileno())
+            os.close(free)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+            try:
+                await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", server.port))
+                while not caplog.records:
+                    await asyncio.sleep(0)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        (record,) = caplog.records
+        assert record.getMessage() == "cannot accept a connection: Too many open files"
+        assert (await ask(cert))[0] == 200
+
+    run(Tls(TlsFiles(cert, key)), steps)
 
 
 def test_a_handshake_that_does_not_come_to_an_end_is_given_up_in_time_and_garbage_at_once(tmp_path: Path) -> None:

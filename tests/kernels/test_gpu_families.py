@@ -20,7 +20,7 @@ from vserve.model.source import resolve
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAMES = {**ARCHITECTURES, "gemma3": "gemma3, scaled", "opt post-norm": "opt, norms behind"}
-FUSED = {"llama", "mistral", "qwen2", "qwen3", "phi3"}
+FUSED = {"llama", "mistral", "qwen2", "qwen3", "phi3", "qwen3-moe", "mixtral"}
 
 
 @dataclass

@@ -25,14 +25,19 @@ HALVES = {Kind.Q4_1: (0, 2), Kind.Q5_1: (0, 2), Kind.Q4_K: (0, 2), Kind.Q5_K: (0
 """Where a block keeps its float16 numbers; elsewhere only at its beginning."""
 
 
+SHARES = {Kind.Q4_K: 1 / 32, Kind.Q5_K: 1 / 32, Kind.Q6_K: 1 / 64}
+"""By what a block's scale is less than other kinds' where its parts have scales of their own, about so large."""
+
+
 def blocks(kind: Kind, rows: int, cols: int, random: torch.Generator) -> StoredTensor:
-    """Random integers under scales of a model's size."""
+    """Random integers under scales of a model's size, so that float16 has room for a gate times what it lets pass."""
     layout = LAYOUTS[kind]
     raw = torch.randint(0, 256, (rows * cols // layout.block_size, layout.block_bytes), generator=random).to(
         torch.uint8
     )
     for at in HALVES.get(kind, (0,)):
-        half = (torch.rand(raw.shape[0], 1, generator=random) * 0.01 + 0.001).to(torch.float16)
+        wide = (torch.rand(raw.shape[0], 1, generator=random) * 0.01 + 0.001) * SHARES.get(kind, 1.0)
+        half = wide.to(torch.float16)
         raw[:, at : at + 2] = half.view(torch.uint8)
     return StoredTensor(f"a {kind}", kind, (rows, cols), raw.view(-1))
 

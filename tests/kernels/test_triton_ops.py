@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from triton.runtime.jit import JITFunction
 
 from vserve.kernels import cuda, reference
 
@@ -56,6 +59,20 @@ def test_a_step_through_both_back_ends_is_the_same(
 
 if torch.cuda.is_available():
 
+    def launches(work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> tuple[set[str], set[str]]:
+        """The kernels that work launches early, and the others."""
+        found: tuple[set[str], set[str]] = (set(), set())
+        run = JITFunction.run
+
+        def noted(self: JITFunction, *args: object, **options: object) -> object:
+            found[0 if options.get("launch_pdl") else 1].add(self.fn.__name__)
+            return run(self, *args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(JITFunction, "run", noted)
+            work()
+        return found
+
     def test_layers_launched_early_give_the_same_bits_every_time(
         device: torch.device, random: torch.Generator, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -66,13 +83,13 @@ if torch.cuda.is_available():
         def draw(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=random).mul(0.1).to(device, torch.bfloat16)
 
-        tokens, model, inner, eps = 3, 384, 1024, 1e-5
+        tokens, model, inner, eps = cuda.EARLY_ROWS, 384, 1024, 1e-5
         qkv, o = draw((HEADS + 2 * KV_HEADS) * WIDTH, model), draw(model, HEADS * WIDTH)
         gate_up, down, norm = draw(2 * inner, model), draw(model, inner), draw(model)
-        pairs = draw(3 * tokens * 40, SIZE, 2, KV_HEADS, WIDTH)
-        lens = torch.tensor([300, 17, 129], dtype=torch.int32, device=device)
-        tables = torch.arange(3 * 40, dtype=torch.int32, device=device).view(3, 40)
-        positions, starts = lens.long() - 1, torch.arange(4, dtype=torch.int32, device=device)
+        pairs = draw(tokens * 40, SIZE, 2, KV_HEADS, WIDTH)
+        lens = torch.full((tokens,), 300, dtype=torch.int32, device=device)
+        tables = torch.arange(tokens * 40, dtype=torch.int32, device=device).view(tokens, 40)
+        positions, starts = lens.long() - 1, torch.arange(tokens + 1, dtype=torch.int32, device=device)
         slots = tables.long().gather(1, positions[:, None] // SIZE)[:, 0] * SIZE + positions % SIZE
         angles = torch.rand(512, WIDTH // 2, generator=random).to(device)
         start = draw(tokens, model)
@@ -94,8 +111,9 @@ if torch.cuda.is_available():
         plain = step()
         monkeypatch.undo()
         monkeypatch.setattr(cuda.dispatch, "use_gemv", lambda *shape: True)
-        assert cuda._early(start)
-        step()
+        early, rest = launches(step, monkeypatch)
+        assert early == {"_vector", "_rope_and_write", "_decode", "_reduce", "_norm", "_activate"}
+        assert rest == {"_plan_tasks"}
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = step()

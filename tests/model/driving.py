@@ -132,7 +132,7 @@ class Driver:
             pair.fill_(number)
 
     def step(self, works: Iterable[tuple[Run, int]], every_logit: bool = False, logits: bool = True) -> Tensor:
-        """Compute the next count tokens of each (sequence, count); returns logits of the last, of all, or of none."""
+        """Compute the next count tokens of each (sequence, count); logits of the last, of all, or of none, on a CPU."""
         works = list(works)
         positions: list[int] = []
         slots: list[int] = []
@@ -151,18 +151,20 @@ class Driver:
         width = max(len(sequence.pages) for sequence, _ in works)
         rows = list(range(len(ids))) if every_logit else [start - 1 for start in starts[1:]] if logits else []
         contexts = tuple(sequence.computed for sequence, _ in works)
+        tables = [s.pages + [0] * (width - len(s.pages)) for s, _ in works]
+        place = self.cache.pairs[0].device
         step = Step(
-            ids=torch.tensor(ids),
-            positions=torch.tensor(positions),
-            slots=torch.tensor(slots),
-            query_starts=torch.tensor(starts, dtype=torch.int32),
-            context_lens=torch.tensor(contexts, dtype=torch.int32),
-            block_tables=torch.tensor([s.pages + [0] * (width - len(s.pages)) for s, _ in works], dtype=torch.int32),
-            logit_rows=torch.tensor(rows, dtype=torch.int64),
+            ids=torch.tensor(ids, device=place),
+            positions=torch.tensor(positions, device=place),
+            slots=torch.tensor(slots, device=place),
+            query_starts=torch.tensor(starts, dtype=torch.int32, device=place),
+            context_lens=torch.tensor(contexts, dtype=torch.int32, device=place),
+            block_tables=torch.tensor(tables, dtype=torch.int32, device=place),
+            logit_rows=torch.tensor(rows, dtype=torch.int64, device=place),
             query_lens=tuple(count for _, count in works),
             context_lens_host=contexts,
         )
-        return self.decoder.forward(step, self.cache)
+        return self.decoder.forward(step, self.cache).cpu()
 
     def logits(self, ids: Sequence[int], chunks: Sequence[int]) -> Tensor:
         """Logits of every position of one sequence, computed in chunks of these sizes and then token by token."""

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3-moe", "mixtral", "phi3", "gemma2", "gemma3", "opt")
+"""GPT-2 keeps its weights turned: no tool writes such checkpoints of it."""
 
 AWQ_PLACES = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -104,6 +109,15 @@ def quantise(folder: Path, dense: Path, make: Any, settings: dict[str, object]) 
     save_file(plain, dense / "model.safetensors", {"format": "pt"})
     values = json.loads((dense / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, "quantization_config": settings}))
+
+
+def pair(model: Path, checkpoint: str, folder: Path) -> tuple[PreTrainedModel, Path]:
+    """A model's folder -> transformers' model with the numbers of a checkpoint written out, and the checkpoint."""
+    shutil.copytree(model, folder / "dense")
+    make, settings = CHECKPOINTS[checkpoint]
+    quantise(folder / "packed", folder / "dense", make, settings)
+    judge = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32, attn_implementation="eager")
+    return judge, folder / "packed"
 
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}

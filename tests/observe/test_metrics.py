@@ -6,7 +6,8 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from vserve.observe.metrics import EngineNow, EngineSeries, Metrics, token_bounds
+from vserve.observe.engine_series import EngineNow, EngineSeries, token_bounds
+from vserve.observe.metrics import Metrics
 
 NOW = EngineNow(
     running=3,

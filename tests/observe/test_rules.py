@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vserve.observe.metrics import EngineNow, EngineSeries, Metrics
+from vserve.observe.engine_series import EngineNow, EngineSeries
+from vserve.observe.metrics import Metrics
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 

@@ -15,7 +15,8 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_t
 
 from vserve.errors import StartupError
 from vserve.text import gguf_vocab
-from vserve.text.tokenizer import Tokenizer, byte_alphabet
+from vserve.text.pieces import byte_alphabet
+from vserve.text.tokenizer import Tokenizer
 
 ALPHABET = byte_alphabet()
 

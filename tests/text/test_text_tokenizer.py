@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from vserve.errors import BadRequest, StartupError
-from vserve.text.tokenizer import DecodeStyle, Tokenizer, byte_alphabet
+from vserve.text.pieces import DecodeStyle, byte_alphabet
+from vserve.text.tokenizer import Tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|turn|>"]
 
@@ -195,6 +196,10 @@ def test_every_id_has_its_bytes(smollm: Tokenizer) -> None:
 @pytest.mark.parametrize("id", [-1, 49152, 10**9])
 def test_an_id_outside_the_vocabulary_is_nothing(smollm: Tokenizer, id: int) -> None:
     assert (smollm.token_str(id), smollm.token_bytes(id), smollm.is_special(id)) == ("", b"", False)
+    known = smollm.encode(" hello")
+    ids = [*known, id, *known]
+    assert smollm.token_strs(ids) == [smollm.token_str(one) for one in ids]
+    assert smollm.decode(ids) == " hello hello"
     assert smollm.decode([id, *smollm.encode("a"), id]) == "a"
 
 

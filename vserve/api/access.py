@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from vserve.api.quota import Goods, Ledger, Quota
+from vserve.api.quota import NO_BOUND, Accounts, Allowance, Quota
 from vserve.errors import PermissionDenied, RateLimited, StartupError, Unauthorized
 from vserve.http.events import Headers
 from vserve.oauth.grants import Grants, Subject
@@ -36,6 +35,11 @@ class Key:
     scopes: frozenset[str] = SCOPES
     requests_per_minute: float | None = None
     quotas: tuple[Quota, ...] = ()
+
+    @property
+    def allowance(self) -> Allowance:
+        """What it may spend."""
+        return Allowance(self.requests_per_minute, self.quotas)
 
     @property
     def salt(self) -> bytes:
@@ -66,16 +70,17 @@ class Bearer:
         name = self.subject.name.encode("utf-8", "surrogatepass")
         return hashlib.sha256(b"cache salt of subject\0" + name).digest()[:16]
 
+    @property
+    def account(self) -> str:
+        """Under what its spending is kept: short, however long the subject's name is."""
+        return self.salt.hex()
+
 
 Caller = Key | Bearer
 
 
-@dataclass(slots=True)
-class _Bucket:
-    """Requests that a key may still make at once; grows with time up to a minute's worth."""
-
-    left: float
-    at_s: float
+MAX_SUBJECTS = 16_384
+"""Subjects whose spending is known: about 1 KiB each with every kind of quota."""
 
 
 class Keys:
@@ -92,13 +97,15 @@ class Keys:
         except StartupError as error:
             raise StartupError(f"--api-key: {error}") from None
         self._all = self._plain
-        self._buckets: dict[str, _Bucket] = {}
-        self._ledger = Ledger()
+        self._of_keys = Accounts("API key")
+        self._of_subjects = Accounts("subject", MAX_SUBJECTS)
         self._tokens: Tokens | None = None
+        self._each_subject = NO_BOUND
 
-    def trust(self, tokens: Tokens) -> None:
-        """Take access tokens too: whatever is no key is then looked at as one."""
+    def trust(self, tokens: Tokens, each: Allowance = NO_BOUND) -> None:
+        """Take access tokens too: whatever is no key is then looked at as one.  each: what every subject may spend."""
         self._tokens = tokens
+        self._each_subject = each
 
     def name(self, keys: Iterable[Key]) -> None:
         """Replace the named keys.  Raises StartupError, and changes nothing, when two are the same key."""
@@ -110,9 +117,7 @@ class Keys:
                 raise StartupError(f"{seen[key.digest]} and {label} are the same API key")
             seen[key.digest] = label
         self._all = everything
-        names = {key.name for key in everything}  # what was spent stays spent
-        self._buckets = {name: bucket for name, bucket in self._buckets.items() if name in names}
-        self._ledger.keep(names)
+        self._of_keys.keep({key.name for key in everything})  # what was spent stays spent
 
     def guards(self, scope: str) -> bool:
         """Whether a route asks for this scope.  Metrics do only once a named key, or an issuer's scope, opens them."""
@@ -142,39 +147,22 @@ class Keys:
 
     def spend(self, caller: Caller | None) -> RateLimited | None:
         """Count one request against the caller's quotas and rate; the 429, and nothing counted, when one is used up."""
-        if not isinstance(caller, Key) or caller.name is None:
+        if isinstance(caller, Bearer):
+            return self._of_subjects.spend(caller.account, self._each_subject, self._clock())
+        if caller is None or caller.name is None:
             return None
-        now_s = self._clock()
-        refusal = self._ledger.refusal(caller.name, caller.quotas, now_s) if caller.quotas else None
-        if refusal is None and caller.requests_per_minute is not None:
-            refusal = self._draw(caller.name, caller.requests_per_minute, now_s)
-        if refusal is None and caller.quotas:
-            self._ledger.count(caller.name, caller.quotas, Goods.REQUESTS, 1, now_s)
-        return refusal
+        return self._of_keys.spend(caller.name, caller.allowance, self._clock())
 
     def use(self, caller: Caller | None, tokens: int) -> None:
         """Count tokens of an answer that has ended, and of its prompt, against the caller's quotas."""
-        if isinstance(caller, Key) and caller.name is not None and caller.quotas and tokens > 0:
-            self._ledger.count(caller.name, caller.quotas, Goods.TOKENS, tokens, self._clock())
+        if isinstance(caller, Bearer):
+            self._of_subjects.use(caller.account, self._each_subject, tokens, self._clock())
+        elif caller is not None and caller.name is not None:
+            self._of_keys.use(caller.name, caller.allowance, tokens, self._clock())
 
     def caller(self, authorization: str | None) -> Caller | None:
         """Who this is; None when everyone may call.  Raises as check does."""
         return self._caller(authorization) if self.guards(INFER) else None
-
-    def _draw(self, name: str, requests_per_minute: float, now_s: float) -> RateLimited | None:
-        """Take one request out of the key's bucket."""
-        most, per_s = max(1.0, requests_per_minute), requests_per_minute / 60
-        bucket = self._buckets.setdefault(name, _Bucket(most, now_s))
-        bucket.left = min(most, bucket.left + (now_s - bucket.at_s) * per_s)
-        bucket.at_s = now_s
-        # A hair below one is one: a client that waits exactly as long as it was told must not be refused again.
-        if bucket.left < 1 - 1e-6:
-            return RateLimited(
-                f"This API key may make {requests_per_minute:g} requests a minute; try again later.",
-                retry_after_s=max(1, math.ceil((1 - bucket.left) / per_s - 1e-3)),
-            )
-        bucket.left -= 1
-        return None
 
     def salt(self, authorization: str | None) -> bytes:
         """The caller's cache salt; b"" when everyone may call.  Raises as check does."""

@@ -29,8 +29,9 @@ from vserve.errors import ApiError, BadRequest, NotFound, RateLimited, Unavailab
 from vserve.http.exchange import Exchange
 from vserve.http.site import AccessEntry
 from vserve.oauth.grants import Flow
+from vserve.observe.engine_series import EngineSeries
 from vserve.observe.heartbeat import Heartbeat
-from vserve.observe.metrics import EngineSeries, Metrics
+from vserve.observe.metrics import Metrics
 from vserve.observe.trace import TraceRing
 from vserve.scale.workers import LocalWorker, Workers
 from vserve.store.memory import MemoryStore
@@ -39,7 +40,8 @@ from vserve.text.grammar import HELPERS, Grammar, Grammars, why_none
 from vserve.text.grammar_spec import GrammarSpec
 from vserve.text.habits import Habits, habits_of
 from vserve.text.template import ChatTemplate
-from vserve.text.tokenizer import Tokenizer, eos_ids_in
+from vserve.text.tokenizer import Tokenizer
+from vserve.text.tokenizer_files import eos_ids_in
 
 T = TypeVar("T")
 
@@ -150,15 +152,13 @@ class Served:
         return self.model.vocab_size
 
     def name(self, asked: str | None) -> str:
-        """The served name a request means.
+        """The name that replies show, the first, for any that is served.
 
         Raises NotFound that lists the valid ones, BadRequest for one that does not generate.
         """
         names = self.model.names
-        if not asked:
+        if not asked or asked in names:
             return names[0]
-        if asked in names:
-            return asked
         shown, valid = shorten(asked)[1:-1], ", ".join(names)
         if asked in self.embedding:
             raise BadRequest(

@@ -57,7 +57,7 @@ def _check_depth(root: Container) -> None:
         inner: list[Container] = []
         for item in level:
             children = item.values() if isinstance(item, dict) else item
-            inner += [child for child in children if isinstance(child, dict | list)]
+            inner += [child for child in children if type(child) is dict or type(child) is list]
         if not inner:
             return
         level = inner

@@ -13,8 +13,8 @@ from typing import Protocol
 from vserve.encoder_bridge import EncoderBridge
 from vserve.engine.encoding import BatchStats, Encoded, Encoding
 from vserve.errors import BadRequest, NotFound, RateLimited, shorten
+from vserve.observe.encoder_series import EncoderSeries
 from vserve.observe.heartbeat import Heartbeat
-from vserve.observe.metrics import EncoderSeries
 from vserve.text.encoder_tokenizer import EncoderTokenizer
 
 RETRY_LIMIT_S = 60
@@ -72,12 +72,10 @@ class EncoderServed:
         return self.model.vocab_size
 
     def name(self, asked: str | None) -> str:
-        """The served name a request means.  Raises BadRequest for the generative model's, NotFound for others."""
+        """The name that replies show: the first.  Raises BadRequest for the generative model's, NotFound for others."""
         names = self.model.names
-        if not asked:
+        if not asked or asked in names:
             return names[0]
-        if asked in names:
-            return asked
         shown = shorten(asked)[1:-1]
         if asked in self.generative:
             raise BadRequest(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar, cast
 
@@ -332,6 +332,19 @@ class TokenIds:
 
     def schema(self) -> Schema:
         return {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": self.max_items}
+
+
+def member(body: Mapping[str, object], name: str, path: str, kind: Kind[T]) -> T | None:
+    """That key of an object, checked; None where it is absent or null.  path: the object's."""
+    value = body.get(name)
+    return None if value is None else kind.check(value, f"{path}.{name}", 0)
+
+
+def needed(body: Mapping[str, object], name: str, path: str, kind: Kind[T]) -> T:
+    """That key of an object, checked.  Raises BadRequest where it is absent or null."""
+    if body.get(name) is None:
+        raise BadRequest(f"`{path}.{name}` is required.", param=f"{path}.{name}")
+    return kind.check(body[name], f"{path}.{name}", 0)
 
 
 @dataclass(frozen=True, slots=True)

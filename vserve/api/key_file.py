@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 from vserve.api.access import SCOPES, Key, digest
-from vserve.api.quota import Goods, Quota, Span
-from vserve.errors import StartupError
+from vserve.api.quota import Allowance, Goods, Quota, Span
+from vserve.errors import StartupError, shorten
 
 FILE_LIMIT_BYTES = 2**20
 MAX_KEYS = 1024
@@ -55,6 +56,22 @@ def read_keys(path: str) -> tuple[Key, ...]:
         return _keys(_toml(raw))
     except StartupError as error:
         raise StartupError(f"{where}: {error}") from None
+
+
+def read_allowance(words: Iterable[str]) -> Allowance:
+    """``requests_per_minute=60`` and quotas such as ``tokens_per_day=1000000``, as a key's table has them.
+
+    Raises StartupError, one line, for any other word.
+    """
+    table: dict[str, object] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        known = name == "requests_per_minute" or name in _QUOTAS
+        if not known or name in table or not re.fullmatch(r"[0-9]{1,18}(\.[0-9]{1,18})?", value):
+            names = ", ".join(("requests_per_minute", *_QUOTAS))
+            raise StartupError(f"{shorten(word)} is not NAME=NUMBER with NAME one of {names}, each once")
+        table[name] = float(value) if "." in value else int(value)
+    return Allowance(_rate(table), _quotas(table))
 
 
 def _toml(raw: bytes) -> dict[str, object]:

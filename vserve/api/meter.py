@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from vserve.bridge import Ended
 from vserve.engine.request import EngineStats
-from vserve.observe.metrics import EngineNow, EngineSeries
+from vserve.observe.engine_series import EngineNow, EngineSeries
 
 
 def engine_now(stats: EngineStats, waiting: int, utilization: float) -> EngineNow:

@@ -78,7 +78,7 @@ def _entry(tokenizer: Tokenizer, ids: Sequence[int], context: int) -> dict[str, 
     return {
         "prompt": tokenizer.decode(ids),
         "token_ids": list(ids),
-        "token_strs": [tokenizer.token_str(token) for token in ids],
+        "token_strs": tokenizer.token_strs(ids),
         "count": len(ids),
         "max_model_len": context,
     }

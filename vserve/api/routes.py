@@ -66,154 +66,73 @@ def table(app: App) -> tuple[Entry, ...]:
     asks_words = Body("DetokenizeRequest", schema.DETOKENIZE, {"tokens": [40, 41, 42]})
     get, post, html = ("GET",), ("POST",), ("text/html",)
     rows = [
-        Entry("ping", ("GET", "POST"), ("/ping",), ops.ping, OPEN, Need.NOTHING, Doc("The event loop turns.")),
-        Entry(
-            "health", get, ("/health",), ops.health, OPEN, Need.NOTHING,
-            Doc("New work would be taken and the engine is alive.", reply="Health", also=_PROBED),
-        ),
-        Entry(
-            "ready", get, ("/health/ready", "/readyz"), ops.ready, OPEN, Need.NOTHING,
-            Doc("Traffic may be sent here.", reply="Health", also=_PROBED),
-        ),
-        Entry(
-            "live", get, ("/livez",), ops.live, OPEN, Need.NOTHING,
-            Doc("A restart would not help.", reply="Health", also=_PROBED),
-        ),
-        Entry(
-            "startup", get, ("/startupz",), ops.startup, OPEN, Need.NOTHING,
-            Doc("The start is over.", reply="Health", also=_PROBED),
-        ),
-        Entry(
-            "version", get, ("/version",), ops.version, OPEN, Need.NOTHING,
-            Doc("The server's version.", reply="Version", texts=("text/plain",)),
-        ),
-        Entry(
-            "metrics", get, ("/metrics",), ops.metrics, METRICS, Need.NOTHING,
-            Doc("Figures for Prometheus.", texts=("text/plain",)),
-        ),
-        Entry(
-            "load", get, ("/load",), ops.load, INFER, Need.NOTHING, Doc("How much there is to do.", reply="Load")
-        ),
-        Entry(
-            "models", get, ("/v1/models",), models.list, INFER, Need.MODEL,
-            Doc("The models that are served.", reply="ModelList"),
-        ),
-        Entry(
-            "model", get, ("/v1/models/{id:path}",), models.retrieve, INFER, Need.MODEL,
-            Doc("One model.", reply="Model"),
-        ),
-        Entry(
-            "chat", post, ("/v1/chat/completions",), chat.create, INFER, Need.ROOM,
-            Doc(
-                "Go on with a conversation.",
-                takes=(asks_chat,),
-                reply="ChatCompletion",
-                events="ChatCompletionChunk",
-            ),
-        ),
-        Entry(
-            "completions", post, ("/v1/completions",), completions.create, INFER, Need.ROOM,
-            Doc(
-                "Go on with texts.",
-                takes=(asks_text,),
-                reply="Completion",
-                events="Completion",
-            ),
-        ),
-        Entry(
-            "batch", post, ("/v1/chat/completions/batch",), batch.create, INFER, Need.ROOM,
-            Doc("Go on with many conversations.", takes=(asks_batch,), reply="ChatCompletion"),
-        ),
-        Entry(
-            "render_chat", post, ("/v1/chat/completions/render",), render.chat, INFER, Need.MODEL,
-            Doc("What the model would read of a conversation.", takes=(asks_chat,), reply="Rendered", texts=html),
-        ),
-        Entry(
-            "render_completion", post, ("/v1/completions/render",), render.completion, INFER, Need.MODEL,
-            Doc("What the model would read of prompts.", takes=(asks_text,), reply="Rendered", texts=html),
-        ),
-        Entry(
-            "invocations", post, ("/invocations",), invocations.create, INFER, Need.ROOM,
-            Doc("SageMaker's one path: the body says which endpoint is meant.",
-                takes=(asks_chat, asks_text, asks_embedding),
-                reply="Invocation", events="InvocationEvent"),
-        ),
-        Entry(
-            "responses", post, ("/v1/responses",), responses.create, INFER, Need.ROOM,
-            Doc("Answer, and keep the answer.", takes=(asks_response,), reply="Response", events="ResponseEvent",
-                fails=(409,)),
-        ),
+        Entry("ping", ("GET", "POST"), ("/ping",), ops.ping, OPEN, Need.NOTHING,
+              Doc("The event loop turns.")),
+        Entry("health", get, ("/health",), ops.health, OPEN, Need.NOTHING,
+              Doc("New work would be taken and the engine is alive.", reply="Health", also=_PROBED)),
+        Entry("ready", get, ("/health/ready", "/readyz"), ops.ready, OPEN, Need.NOTHING,
+              Doc("Traffic may be sent here.", reply="Health", also=_PROBED)),
+        Entry("live", get, ("/livez",), ops.live, OPEN, Need.NOTHING,
+              Doc("A restart would not help.", reply="Health", also=_PROBED)),
+        Entry("startup", get, ("/startupz",), ops.startup, OPEN, Need.NOTHING,
+              Doc("The start is over.", reply="Health", also=_PROBED)),
+        Entry("version", get, ("/version",), ops.version, OPEN, Need.NOTHING,
+              Doc("The server's version.", reply="Version", texts=("text/plain",))),
+        Entry("metrics", get, ("/metrics",), ops.metrics, METRICS, Need.NOTHING,
+              Doc("Figures for Prometheus.", texts=("text/plain",))),
+        Entry("load", get, ("/load",), ops.load, INFER, Need.NOTHING,
+              Doc("How much there is to do.", reply="Load")),
+        Entry("models", get, ("/v1/models",), models.list, INFER, Need.MODEL,
+              Doc("The models that are served.", reply="ModelList")),
+        Entry("model", get, ("/v1/models/{id:path}",), models.retrieve, INFER, Need.MODEL,
+              Doc("One model.", reply="Model")),
+        Entry("chat", post, ("/v1/chat/completions",), chat.create, INFER, Need.ROOM,
+              Doc("Go on with a conversation.", takes=(asks_chat,), reply="ChatCompletion",
+                  events="ChatCompletionChunk")),
+        Entry("completions", post, ("/v1/completions",), completions.create, INFER, Need.ROOM,
+              Doc("Go on with texts.", takes=(asks_text,), reply="Completion", events="Completion")),
+        Entry("batch", post, ("/v1/chat/completions/batch",), batch.create, INFER, Need.ROOM,
+              Doc("Go on with many conversations.", takes=(asks_batch,), reply="ChatCompletion")),
+        Entry("render_chat", post, ("/v1/chat/completions/render",), render.chat, INFER, Need.MODEL,
+              Doc("What the model would read of a conversation.", takes=(asks_chat,), reply="Rendered", texts=html)),
+        Entry("render_completion", post, ("/v1/completions/render",), render.completion, INFER, Need.MODEL,
+              Doc("What the model would read of prompts.", takes=(asks_text,), reply="Rendered", texts=html)),
+        Entry("invocations", post, ("/invocations",), invocations.create, INFER, Need.ROOM,
+              Doc("SageMaker's one path: the body says which endpoint is meant.",
+                  takes=(asks_chat, asks_text, asks_embedding), reply="Invocation", events="InvocationEvent")),
+        Entry("responses", post, ("/v1/responses",), responses.create, INFER, Need.ROOM,
+              Doc("Answer, and keep the answer.", takes=(asks_response,), reply="Response", events="ResponseEvent",
+                  fails=(409,))),
         # Nothing is needed of the model: what was stored can be had while it loads and while others drain.
-        Entry(
-            "response", get, ("/v1/responses/{id}",), responses.retrieve, INFER, Need.NOTHING,
-            Doc("A stored response, or its events.", query=RETRIEVE, reply="Response", events="ResponseEvent",
-                fails=(503,)),
-        ),
-        Entry(
-            "response_delete", ("DELETE",), ("/v1/responses/{id}",), responses.delete, INFER, Need.NOTHING,
-            Doc("Forget a response.", reply="ResponseDeleted", fails=(503,)),
-        ),
-        Entry(
-            "response_cancel", post, ("/v1/responses/{id}/cancel",), responses.cancel, INFER, Need.NOTHING,
-            Doc("Stop a response that runs.", reply="Response", fails=(409, 503)),
-        ),
-        Entry(
-            "response_items", get, ("/v1/responses/{id}/input_items",), responses.input_items, INFER, Need.NOTHING,
-            Doc("What a response was asked.", query=INPUT_ITEMS, reply="ResponseItems", fails=(503,)),
-        ),
-        Entry(
-            "embeddings", post, ("/v1/embeddings",), embeddings.create, INFER, Need.ENCODER_ROOM,
-            Doc("Texts as vectors.", takes=(asks_embedding,), reply="EmbeddingList"),
-        ),
-        Entry(
-            "score", post, ("/score", "/v1/score"), score.score, INFER, Need.ENCODER_ROOM,
-            Doc("How alike texts are.", takes=(asks_score,), reply="ScoreList"),
-        ),
-        Entry(
-            "rerank", post, ("/rerank", "/v1/rerank", "/v2/rerank"), score.rerank, INFER, Need.ENCODER_ROOM,
-            Doc("Documents in the order of how well they fit.", takes=(asks_rank,),
-                reply="Ranking"),
-        ),
-        Entry(
-            "scale", post, ("/scale_elastic_ep",), scale.resize, ADMIN, Need.MODEL,
-            Doc("Change how many copies of the model there are.", takes=(asks_scale,), query=SCALE,
-                reply="Scaled"),
-        ),
-        Entry(
-            "scaling", ("GET", "POST"), ("/is_scaling_elastic_ep",), scale.state, ADMIN, Need.NOTHING,
-            Doc("Whether such a change is under way.", reply="Scaling"),
-        ),
-        Entry(
-            "messages", post, ("/v1/messages",), messages.create, INFER, Need.ROOM,
-            Doc(
-                "Go on with a conversation, in Anthropic's words.",
-                takes=(asks_messages,),
-                reply="Message",
-                events="MessageEvent",
-                error="MessagesError",
-            ),
-        ),
-        Entry(
-            "count_tokens", post, ("/v1/messages/count_tokens",), messages.count_tokens, INFER, Need.MODEL,
-            Doc(
-                "How many tokens the model would read.",
-                takes=(asks_count,),
-                reply="TokenCount",
-                error="MessagesError",
-            ),
-        ),
-        Entry(
-            "tokenize", post, ("/tokenize", "/v1/tokenize"), tokens.tokenize, INFER, Need.MODEL,
-            Doc(
-                "Texts or a conversation as token ids.",
-                takes=(asks_ids,),
-                reply="Tokenized",
-            ),
-        ),
-        Entry(
-            "detokenize", post, ("/detokenize", "/v1/detokenize"), tokens.detokenize, INFER, Need.MODEL,
-            Doc("Token ids as text.", takes=(asks_words,), reply="Detokenized"),
-        ),
+        Entry("response", get, ("/v1/responses/{id}",), responses.retrieve, INFER, Need.NOTHING,
+              Doc("A stored response, or its events.", query=RETRIEVE, reply="Response", events="ResponseEvent",
+                  fails=(503,))),
+        Entry("response_delete", ("DELETE",), ("/v1/responses/{id}",), responses.delete, INFER, Need.NOTHING,
+              Doc("Forget a response.", reply="ResponseDeleted", fails=(503,))),
+        Entry("response_cancel", post, ("/v1/responses/{id}/cancel",), responses.cancel, INFER, Need.NOTHING,
+              Doc("Stop a response that runs.", reply="Response", fails=(409, 503))),
+        Entry("response_items", get, ("/v1/responses/{id}/input_items",), responses.input_items, INFER, Need.NOTHING,
+              Doc("What a response was asked.", query=INPUT_ITEMS, reply="ResponseItems", fails=(503,))),
+        Entry("embeddings", post, ("/v1/embeddings",), embeddings.create, INFER, Need.ENCODER_ROOM,
+              Doc("Texts as vectors.", takes=(asks_embedding,), reply="EmbeddingList")),
+        Entry("score", post, ("/score", "/v1/score"), score.score, INFER, Need.ENCODER_ROOM,
+              Doc("How alike texts are.", takes=(asks_score,), reply="ScoreList")),
+        Entry("rerank", post, ("/rerank", "/v1/rerank", "/v2/rerank"), score.rerank, INFER, Need.ENCODER_ROOM,
+              Doc("Documents in the order of how well they fit.", takes=(asks_rank,), reply="Ranking")),
+        Entry("scale", post, ("/scale_elastic_ep",), scale.resize, ADMIN, Need.MODEL,
+              Doc("Change how many copies of the model there are.", takes=(asks_scale,), query=SCALE, reply="Scaled")),
+        Entry("scaling", ("GET", "POST"), ("/is_scaling_elastic_ep",), scale.state, ADMIN, Need.NOTHING,
+              Doc("Whether such a change is under way.", reply="Scaling")),
+        Entry("messages", post, ("/v1/messages",), messages.create, INFER, Need.ROOM,
+              Doc("Go on with a conversation, in Anthropic's words.", takes=(asks_messages,), reply="Message",
+                  events="MessageEvent", error="MessagesError")),
+        Entry("count_tokens", post, ("/v1/messages/count_tokens",), messages.count_tokens, INFER, Need.MODEL,
+              Doc("How many tokens the model would read.", takes=(asks_count,), reply="TokenCount",
+                  error="MessagesError")),
+        Entry("tokenize", post, ("/tokenize", "/v1/tokenize"), tokens.tokenize, INFER, Need.MODEL,
+              Doc("Texts or a conversation as token ids.", takes=(asks_ids,), reply="Tokenized")),
+        Entry("detokenize", post, ("/detokenize", "/v1/detokenize"), tokens.detokenize, INFER, Need.MODEL,
+              Doc("Token ids as text.", takes=(asks_words,), reply="Detokenized")),
     ]  # fmt: skip
     if app.options.docs:
         doc = Doc("This description.", reply="OpenApi")
@@ -229,26 +148,16 @@ def _debug(app: App) -> list[Entry]:
     """What --enable-rca adds."""
     debug, get = Debug(app), ("GET",)
     return [
-        Entry(
-            "debug_version", get, ("/debug/version",), debug.version, ADMIN, Need.NOTHING,
-            Doc("What runs here.", reply="DebugVersion"),
-        ),
-        Entry(
-            "debug_stats", get, ("/debug/stats",), debug.stats, ADMIN, Need.NOTHING,
-            Doc("What the engine does.", reply="DebugStats"),
-        ),
-        Entry(
-            "debug_cache", get, ("/debug/cache_stats",), debug.cache_stats, ADMIN, Need.NOTHING,
-            Doc("How full the KV cache is.", reply="DebugCache"),
-        ),
-        Entry(
-            "debug_traces", get, ("/debug/traces",), debug.traces, ADMIN, Need.NOTHING,
-            Doc("What the last requests went through.", query=TRACES, reply="DebugTraces"),
-        ),
-        Entry(
-            "debug_config", get, ("/debug/config",), debug.config, ADMIN, Need.NOTHING,
-            Doc("What the server was started with.", reply="DebugConfig"),
-        ),
+        Entry("debug_version", get, ("/debug/version",), debug.version, ADMIN, Need.NOTHING,
+              Doc("What runs here.", reply="DebugVersion")),
+        Entry("debug_stats", get, ("/debug/stats",), debug.stats, ADMIN, Need.NOTHING,
+              Doc("What the engine does.", reply="DebugStats")),
+        Entry("debug_cache", get, ("/debug/cache_stats",), debug.cache_stats, ADMIN, Need.NOTHING,
+              Doc("How full the KV cache is.", reply="DebugCache")),
+        Entry("debug_traces", get, ("/debug/traces",), debug.traces, ADMIN, Need.NOTHING,
+              Doc("What the last requests went through.", query=TRACES, reply="DebugTraces")),
+        Entry("debug_config", get, ("/debug/config",), debug.config, ADMIN, Need.NOTHING,
+              Doc("What the server was started with.", reply="DebugConfig")),
     ]  # fmt: skip
 
 

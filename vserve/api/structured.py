@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import orjson
 
-from vserve.api.fields import Bool, Kind, Object, Schema, Text, or_null, wrong
+from vserve.api.fields import Bool, Kind, Object, Schema, Text, member, needed, or_null, wrong
 from vserve.errors import BadRequest, shorten
 from vserve.text.grammar_spec import GrammarKind, GrammarSpec
 
@@ -111,16 +111,10 @@ class ResponseFormat:
     def _schema(self, value: object, path: str) -> Constraint:
         body = Object(16).check(value, path, 0)
         known(body, path, ("name", "description", "schema", "strict"))
-        if body.get("name") is None:
-            raise BadRequest(f"`{path}.name` is required.", param=f"{path}.name")
-        SCHEMA_NAME.check(body["name"], f"{path}.name", 0)
-        if body.get("description") is not None:
-            SCHEMA_DESCRIPTION.check(body["description"], f"{path}.description", 0)
-        if body.get("strict") is not None:
-            Bool().check(body["strict"], f"{path}.strict", 0)
-        if body.get("schema") is None:
-            return Constraint(path, GrammarSpec(GrammarKind.JSON_OBJECT, ""))
-        return SchemaKind().check(body["schema"], f"{path}.schema", 0)
+        needed(body, "name", path, SCHEMA_NAME)
+        member(body, "description", path, SCHEMA_DESCRIPTION)
+        member(body, "strict", path, Bool())
+        return member(body, "schema", path, SchemaKind()) or Constraint(path, GrammarSpec(GrammarKind.JSON_OBJECT, ""))
 
     def schema(self) -> Schema:
         named: Schema = {

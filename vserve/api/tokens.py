@@ -63,5 +63,5 @@ def _entry(served: Served, ids: Sequence[int], token_strs: bool) -> dict[str, ob
         "tokens": ids,
         "count": len(ids),
         "max_model_len": served.model.max_model_len,
-        "token_strs": [tokenizer.token_str(token) for token in ids] if token_strs else None,
+        "token_strs": tokenizer.token_strs(ids) if token_strs else None,
     }

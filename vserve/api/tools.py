@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vserve.api.fields import Bool, Object, Objects, Schema, Text, or_null, wrong
+from vserve.api.fields import Bool, Object, Objects, Schema, Text, member, needed, or_null, wrong
 from vserve.errors import BadRequest, shorten
 
 TOOL_LIMIT = 128
@@ -67,21 +67,14 @@ class ToolUse:
 def function_tool(value: object, path: str, definition: dict[str, object]) -> Tool:
     """The function in value, which is all or a part of definition.  Raises BadRequest."""
     body = Object(64).check(value, path, 0)
-    name = body.get("name")
-    if name is None:
-        raise BadRequest(f"`{path}.name` is required.", param=f"{path}.name")
-    name = Text(NAME_LIMIT, 1).check(name, f"{path}.name", 0)
+    name = needed(body, "name", path, Text(NAME_LIMIT, 1))
     if not _NAME_CHARS.issuperset(name):
         raise wrong(f"{path}.name", "made of letters, digits, '_', '-' and '.'", name)
-    if body.get("description") is not None:
-        Text(TOOLS_LIMIT_CHARS).check(body["description"], f"{path}.description", 0)
-    parameters = body.get("parameters")
-    if parameters is not None:
-        parameters = Object(1024).check(parameters, f"{path}.parameters", 0)
-        if parameters.get("type", "object") != "object":
-            raise wrong(f"{path}.parameters.type", "'object'", parameters["type"])
-    strict = body.get("strict")
-    return Tool(name, definition, parameters, strict is not None and Bool().check(strict, f"{path}.strict", 0))
+    member(body, "description", path, Text(TOOLS_LIMIT_CHARS))
+    parameters = member(body, "parameters", path, Object(1024))
+    if parameters is not None and parameters.get("type", "object") != "object":
+        raise wrong(f"{path}.parameters.type", "'object'", parameters["type"])
+    return Tool(name, definition, parameters, member(body, "strict", path, Bool()) or False)
 
 
 def function_schema() -> Schema:
@@ -232,10 +225,7 @@ def _name_schema() -> Schema:
 
 
 def _named(value: object, path: str) -> str:
-    name = Object(16).check(value, path, 0).get("name")
-    if name is None:
-        raise BadRequest(f"`{path}.name` is required.", param=f"{path}.name")
-    return Text(NAME_LIMIT, 1).check(name, f"{path}.name", 0)
+    return needed(Object(16).check(value, path, 0), "name", path, Text(NAME_LIMIT, 1))
 
 
 def tool_use(tools: tuple[Tool, ...], choice: ToolChoice | None, *, parallel: bool, legacy: bool) -> ToolUse | None:

@@ -415,9 +415,9 @@ class CudaRunner:
         return min(self._timed(step) for _ in range(times))
 
     @torch.inference_mode()
-    def replay_seconds(self, decodes: int) -> float:
-        """Seconds of the last decode step over again, by the device's clock; for bench/."""
-        return self._timed(self._step(self.buckets.choose(decodes, 0, decodes)))
+    def replay_seconds(self, shape: Shape) -> float:
+        """Seconds of the last step of shape over again, by the device's clock; for bench/."""
+        return self._timed(self._step(shape))
 
     def _timed(self, step: _Step) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]

@@ -8,13 +8,13 @@ engine, once, through ``died``.
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from vserve.engine.collector import Collector
 from vserve.engine.inbox import Inbox
 from vserve.engine.request import Emit, EngineStats, GenRequest
 from vserve.engine.scheduler import Scheduler
@@ -27,9 +27,7 @@ log = logging.getLogger(__name__)
 PARK_S = 1.0
 """Longest silence of an idle engine: its heartbeat is renewed this often."""
 SETTLE_S = 0.05
-"""Idle time before garbage is collected, so that a request right behind the last one does not wait for it."""
-BUSY_COLLECT_S = 30.0
-"""Under load without a pause, young garbage is collected this often, so that cycles cannot pile up."""
+"""Idle time before spare work is done, so that a request right behind the last one does not wait for it."""
 
 
 class Pending(Protocol):
@@ -79,7 +77,7 @@ class EngineLoop:
         self._depth = depth
         self._idle = idle
         self._clock = clock
-        self._collector = _Collector() if owns_gc else None
+        self._collector = Collector() if owns_gc else None
         self._in_flight: deque[tuple[Plan, Pending]] = deque()
         self._busy_s = 0.0
         self._stopping = False
@@ -160,12 +158,9 @@ class EngineLoop:
             if self._inbox.size or self._stopping or self._idle():
                 return
             self._idle = None
-        if self._collector is not None and self._collector.due:
-            self._inbox.park(SETTLE_S)
-            if self._inbox.size == 0 and not self._stopping:
-                self._collector.collect()
-        else:
-            self._inbox.park(PARK_S)
+        self._inbox.park(PARK_S)
+        if self._collector is not None and not self._inbox.size and not self._stopping:
+            self._collector.idle(self._clock())
 
     def _close(self) -> None:
         """Commit what is in flight and end what lives, so that every stream hears of it."""
@@ -176,34 +171,3 @@ class EngineLoop:
         emits = self._take(now_s) + self._scheduler.cancel_all("The server is stopping.", now_s)
         self._report_waiting()
         self._publish(emits, self._scheduler.stats(self._busy_s))
-
-
-class _Collector:
-    """Garbage collection at moments when nobody waits for the engine.  G only."""
-
-    def __init__(self) -> None:
-        self.due = False
-        self._was_enabled = False
-        self._last_s: float | None = None
-
-    def start(self) -> None:
-        self._was_enabled = gc.isenabled()
-        gc.disable()
-
-    def stepped(self, now_s: float) -> None:
-        """Steps make garbage: a collection is due at the next idle moment, and a small one when none comes."""
-        self.due = True
-        if self._last_s is None:
-            self._last_s = now_s
-        elif now_s - self._last_s > BUSY_COLLECT_S:
-            gc.collect(1)
-            self._last_s = now_s
-
-    def collect(self) -> None:
-        gc.collect()
-        self.due = False
-        self._last_s = None
-
-    def end(self) -> None:
-        if self._was_enabled:
-            gc.enable()

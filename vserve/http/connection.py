@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable
-from typing import cast
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
+from types import CoroutineType
+from typing import Any, cast
 
 from vserve.errors import ApiError, RequestTimeout, Unavailable
 from vserve.http.events import BodyPart, RequestHead
@@ -21,13 +23,16 @@ from vserve.http.replies import STALL_LOOKS, Replies
 from vserve.http.router import Route
 from vserve.http.site import KnownHead, Site, log
 from vserve.http.state import Cause, State
+from vserve.http.work import Rest, begin
 from vserve.http.writer import CLOSE, CONTINUE
+
+_AT_ONCE = (b"GET ", b"HEAD ")
 
 
 class Connection(Replies):
     """The protocol of one transport."""
 
-    __slots__ = ("_body_until_s", "_eof", "_fresh", "_owes_continue", "_spoken", "_turn")
+    __slots__ = ("_body_until_s", "_eof", "_fresh", "_owes_continue", "_spoken", "_turn", "_waits")
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
@@ -37,6 +42,7 @@ class Connection(Replies):
         self._fresh: bytes | None = None  # a read that began at a request's first byte: it may be a head to remember
         self._spoken = False  # the peer has sent something
         self._turn: asyncio.Handle | None = None  # _advance goes on in the next pass of the loop
+        self._waits = False  # what was read is served when its turn comes
 
     # From the transport
 
@@ -44,11 +50,8 @@ class Connection(Replies):
         self._transport = cast(asyncio.Transport, transport)
         site = self._site
         self._outbox = Outbox(self._transport, site.limits)
-        name = transport.get_extra_info("peername")
-        if isinstance(name, tuple):
-            self.address, self.peer = str(name[0]), f"{name[0]}:{name[1]}"
-        else:
-            self.address = self.peer = "unix"
+        self.name(transport.get_extra_info("peername"))
+        site.greeted(self)
         if site.overfull:
             self._transport.abort()
             return
@@ -71,17 +74,27 @@ class Connection(Replies):
         if state is not State.BODY:
             self._ahead += data.count(b"\r\n\r\n")
         parser.feed(data)
-        if state < State.HANDLING and self._turn is None:
-            if state is State.BODY:
-                self.deadline_s = min(self._site.clock() + self._site.limits.body_idle_s, self._body_until_s)
+        if state >= State.HANDLING or self._turn is not None:
+            self._bound_reading()
+            return
+        if state is State.BODY:
+            self.deadline_s = min(self._site.clock() + self._site.limits.body_idle_s, self._body_until_s)
+        # Probes come as GET or HEAD and cost little: they do not wait behind prompts.
+        if self._waits:
+            self._bound_reading()
+        elif (state is State.IDLE and data.startswith(_AT_ONCE)) or self._site.turns.free():
             self._advance()
         else:
+            self._waits = True
+            self._site.turns.wait(self._take_its_turn)
             self._bound_reading()
 
     def eof_received(self) -> bool | None:
         # RFC 9112 9.6 lets a peer half-close and still read, but a FIN is all that a vanished client sends too, and
         # work for nobody must stop at once: an unanswered request is given up.  Requests that are complete and wait
         # only for a turn or for room in the buffer are still answered.
+        if self._waits:
+            self._advance()  # it had not been read in time only because others were
         if self._exchange is not None:
             self._give_up()
         elif self._state < State.HANDLING and self._parser.buffered:
@@ -117,6 +130,7 @@ class Connection(Replies):
         if self._turn is not None:
             self._turn.cancel()
             self._turn = None
+        self._waits = False
         self._give_up()
         self._site.forget(self)
 
@@ -143,7 +157,7 @@ class Connection(Replies):
 
     def _advance(self) -> None:
         """Serve what is buffered, in order, until bytes run out, a reply has to be waited for or the turn is over."""
-        self._serving, self._turn = True, None
+        self._serving, self._turn, self._waits = True, None, False
         starved = False
         try:
             for _ in range(self._site.limits.turn_events):
@@ -266,6 +280,9 @@ class Connection(Replies):
     def _handle(self, exchange: Exchange, route: Route) -> None:
         try:
             result = route.handler(exchange)
+            if type(result) is CoroutineType:
+                self._site.turns.next(partial(self._begin, exchange, result))
+                return
             if type(result) is Response:
                 if exchange.ended:
                     exchange.respond(result)  # a second reply: nothing if the client is gone, a bug otherwise
@@ -278,6 +295,23 @@ class Connection(Replies):
         if result is not None:
             work = cast(Awaitable[Response | None], result)
             self._task = self._site.start(work, lambda task: self._finish_task(exchange, task))
+
+    def _begin(self, exchange: Exchange, work: Coroutine[Any, Any, Response | None]) -> None:
+        """Run an async handler up to its first wait, and the rest of it as a task."""
+        if exchange.ended:  # the client has gone meanwhile
+            work.close()
+            return
+        try:
+            result = begin(work)
+            if isinstance(result, Rest):
+                self._task = self._site.start(result, lambda task: self._finish_task(exchange, task))
+            elif result is not None:
+                exchange.respond(result)
+        except asyncio.CancelledError:
+            if not exchange.ended:
+                self.abort(exchange)
+        except Exception as error:
+            self._fail(exchange, error)
 
     def _finish_task(self, exchange: Exchange, task: asyncio.Future[Response | None]) -> None:
         """An async handler is done."""
@@ -328,12 +362,21 @@ class Connection(Replies):
         self._outbox.flush()
         if self._state is State.CLOSING:
             self._close()
-        elif self._state is State.IDLE and self._parser.buffered and self._outbox.writable and self._turn is None:
+        elif self._state is State.IDLE and self._parser.buffered and self._outbox.writable and not self._due:
             self._advance()
 
+    @property
+    def _due(self) -> bool:
+        """Whether _advance will be called without anything more happening."""
+        return self._turn is not None or self._waits
+
     def _take_turn(self) -> None:
-        if self._turn is None:
+        if not self._due:
             self._turn = self._site.loop.call_soon(self._advance)
+
+    def _take_its_turn(self) -> None:
+        if self._waits:
+            self._advance()
 
     def expire(self, now_s: float) -> None:
         """The deadline of the present state has passed."""
@@ -341,7 +384,7 @@ class Connection(Replies):
         if self._outbox.stalled(now_s):
             self.drop()
             return
-        waiting = self._transport.get_write_buffer_size() > 0 or self._turn is not None
+        waiting = self._transport.get_write_buffer_size() > 0 or self._due
         if state in (State.HANDLING, State.STREAMING) or (waiting and state is not State.BODY):
             self.deadline_s = now_s + limits.write_stall_s / STALL_LOOKS
         elif state is State.BODY:
@@ -362,7 +405,7 @@ class Connection(Replies):
 
     def retire(self) -> None:
         """Close unless a request is under way: keep-alive has run out, or the server drains."""
-        if self._state is State.IDLE or (self._state is State.HEAD and self._parser.clean):
+        if not self._waits and (self._state is State.IDLE or (self._state is State.HEAD and self._parser.clean)):
             self._last(Ending.FLUSH)
             self.flush()
 

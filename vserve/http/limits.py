@@ -24,7 +24,8 @@ class Limits:
     pipeline_bytes       read ahead while a reply is being made; above it reading pauses
     pipelined_requests   waiting behind the one being answered; with more the connection ends after its reply
     turn_events          parser events served before other connections get a turn of the loop
-    connections          open ones; above it only vital routes are served, and the connection ends with a 503
+    connections          open ones, those in a TLS handshake too; above it only vital routes are served, and the
+                         connection ends with a 503
     spare_connections    how many above `connections` are still told so; the rest are dropped at once
     connections_per_address   the same for one peer address; None is no bound
     header_s             from a request's first byte to the end of its head -> 408

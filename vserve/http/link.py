@@ -73,6 +73,13 @@ class Link(asyncio.Protocol):
         if not self._serving:
             self._site.flush_later(self)
 
+    def name(self, address: object) -> None:
+        """Say whose connection this is: a socket's address of its peer."""
+        if isinstance(address, tuple):
+            self.address, self.peer = str(address[0]), f"{address[0]}:{address[1]}"
+        else:
+            self.address = self.peer = "unix"
+
     @property
     def descriptor(self) -> int | None:
         """The socket's, None when there is none (any more)."""

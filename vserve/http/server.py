@@ -16,6 +16,7 @@ from collections.abc import Callable
 from vserve.errors import ApiError, StartupError
 from vserve.http.connection import Connection
 from vserve.http.exchange import Exchange, Fields, Response
+from vserve.http.greeter import Greeter
 from vserve.http.limits import Limits
 from vserve.http.router import Router
 from vserve.http.site import AccessLog, Gate, Hooks, ReplyHeaders, Site
@@ -49,12 +50,13 @@ class HttpServer:
         hooks = Hooks(render_error, gate, reply_headers, access_log)
         self.site = Site(router, limits, hooks, Writer(server_headers, wall_clock), clock)
         self._servers: list[asyncio.Server] = []
+        self._greeters: list[Greeter] = []
         self._uds_paths: list[str] = []
 
     @property
     def connections(self) -> int:
-        """Open connections, idle ones too."""
-        return len(self.site.connections)
+        """Open connections, idle ones and those in their TLS handshake too."""
+        return self.site.open
 
     @property
     def active(self) -> int:
@@ -95,23 +97,22 @@ class HttpServer:
         StartupError, one line, when the address cannot be had.
         """
         loop = self.site.loop
-        handshake_s = self.site.limits.tls_handshake_s if ssl_context is not None else None
+        plain = ssl_context is None
         where = uds if uds is not None else f"{host}:{port}"
         try:
             if uds is not None:
                 _clear_stale(uds)
                 server: asyncio.Server = await loop.create_unix_server(
-                    self.protocol, uds, backlog=BACKLOG, ssl=ssl_context, ssl_handshake_timeout=handshake_s
+                    self.protocol, uds, backlog=BACKLOG, start_serving=plain
                 )
                 self._uds_paths.append(uds)
             elif sock is not None:
-                server = await loop.create_server(
-                    self.protocol, sock=sock, backlog=BACKLOG, ssl=ssl_context, ssl_handshake_timeout=handshake_s
-                )
+                server = await loop.create_server(self.protocol, sock=sock, backlog=BACKLOG, start_serving=plain)
             else:
-                server = await loop.create_server(
-                    self.protocol, host, port or 0, backlog=BACKLOG, ssl=ssl_context, ssl_handshake_timeout=handshake_s
-                )
+                server = await loop.create_server(self.protocol, host, port or 0, backlog=BACKLOG, start_serving=plain)
+            if ssl_context is not None:
+                descriptors = [sock.fileno() for sock in server.sockets]
+                self._greeters.append(Greeter(self.site, ssl_context, descriptors, BACKLOG))
         except (OSError, OverflowError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise StartupError(f"cannot listen on {where}: {reason}") from None
@@ -136,6 +137,9 @@ class HttpServer:
         for server in self._servers:
             server.close()
         self._remove_uds()
+        for greeter in self._greeters:
+            await greeter.close()
+        self._greeters.clear()
         site.draining = True
         for peer in list(site.connections):
             peer.retire()

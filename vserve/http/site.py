@@ -10,6 +10,7 @@ import itertools
 import logging
 import secrets
 import select
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,6 +20,7 @@ from vserve.http.events import RequestHead
 from vserve.http.exchange import Exchange, Fields, Response
 from vserve.http.limits import Limits
 from vserve.http.router import Route, Router
+from vserve.http.turns import Turns
 from vserve.http.writer import Writer
 
 log = logging.getLogger("vserve.http")
@@ -26,8 +28,9 @@ log = logging.getLogger("vserve.http")
 SWEEP_S = 0.5
 """How often deadlines are looked at: every timeout is late by at most this."""
 
-FLUSH_SLICE = 64
-"""Connections flushed in one callback of the loop before other callbacks get a turn."""
+FLUSH_SLICE = 32
+FLUSH_S = 0.00015
+"""Most connections flushed in one turn of the loop, and the seconds after which it takes no further one."""
 
 KNOWN_HEADS = 256
 KNOWN_HEAD_BYTES = 1024
@@ -123,7 +126,9 @@ class Site:
         self.writer = writer
         self.clock = clock
         self.loop = asyncio.get_running_loop()
+        self.turns = Turns(self.loop, clock)
         self.connections: set[Peer] = set()
+        self._greeting: set[Peer] = set()  # in their TLS handshakes
         self.active = 0  # exchanges whose reply has not ended
         self.bodies_bytes = 0  # content held for them
         self.behind_bytes = 0  # what waits for clients that read too slowly
@@ -131,7 +136,8 @@ class Site:
         self.draining = False
         self.known: dict[bytes, KnownHead] = {}
         self._per_address: dict[str, int] = {}
-        self._dirty: list[Carrier] = []
+        self._dirty: deque[Carrier] = deque()
+        self._flush_due = False
         self._tasks: set[asyncio.Future[Response | None]] = set()
         self._sweeper: asyncio.TimerHandle | None = None
         self._id_prefix = f"req-{secrets.token_hex(6)}-"
@@ -140,6 +146,18 @@ class Site:
 
     # Counting
 
+    def greet(self, peer: Peer) -> None:
+        """Count a connection whose TLS handshake begins."""
+        self._greeting.add(peer)
+        self._per_address[peer.address] = self._per_address.get(peer.address, 0) + 1
+
+    def greeted(self, peer: Peer) -> None:
+        """The handshake has ended: it counts no longer."""
+        if peer in self._greeting:
+            self._greeting.remove(peer)
+            self._uncount(peer.address)
+            self.tell_quiet()
+
     def admit(self, peer: Peer) -> ApiError | None:
         """Count a new connection; an error means that it may only ask for vital routes."""
         self.connections.add(peer)
@@ -147,7 +165,7 @@ class Site:
         if self._sweeper is None:
             self._sweeper = self.loop.call_later(SWEEP_S, self._sweep)
         limits = self.limits
-        if len(self.connections) > limits.connections:
+        if self.open > limits.connections:
             return Unavailable("The server has too many open connections.", retry_after_s=1, close=True)
         if limits.connections_per_address is not None and held > limits.connections_per_address:
             return RateLimited("This address has too many open connections.", retry_after_s=1, close=True)
@@ -156,7 +174,12 @@ class Site:
     @property
     def overfull(self) -> bool:
         """True when there are so many connections that another is not even told so."""
-        return len(self.connections) >= self.limits.connections + self.limits.spare_connections
+        return self.open >= self.limits.connections + self.limits.spare_connections
+
+    @property
+    def open(self) -> int:
+        """Connections, idle ones and those in their TLS handshake too."""
+        return len(self.connections) + len(self._greeting)
 
     def forget(self, peer: Peer) -> None:
         """A connection is gone; one that was never admitted is ignored."""
@@ -164,12 +187,15 @@ class Site:
             return
         self.connections.remove(peer)
         self.deaf.discard(peer)
-        left = self._per_address[peer.address] - 1
-        if left:
-            self._per_address[peer.address] = left
-        else:
-            del self._per_address[peer.address]
+        self._uncount(peer.address)
         self.tell_quiet()
+
+    def _uncount(self, address: str) -> None:
+        left = self._per_address[address] - 1
+        if left:
+            self._per_address[address] = left
+        else:
+            del self._per_address[address]
 
     def tell_quiet(self) -> None:
         """Wake who waits in quiet(); called whenever a count falls."""
@@ -250,21 +276,27 @@ class Site:
     # The flush pass and the sweep
 
     def flush_later(self, peer: Carrier) -> None:
-        """Flush the connection at the end of this pass of the loop; one callback serves them all."""
+        """Flush the connection in a later turn; one serves many."""
         if not peer.dirty:
             peer.dirty = True
             self._dirty.append(peer)
-            if len(self._dirty) == 1:
-                self.loop.call_soon(self._flush_dirty)
+            if not self._flush_due:
+                self._flush_due = True
+                self.turns.soon(self._flush_dirty)
 
     def _flush_dirty(self) -> None:
-        dirty = self._dirty
-        now, self._dirty = dirty[:FLUSH_SLICE], dirty[FLUSH_SLICE:]
-        if self._dirty:
-            self.loop.call_soon(self._flush_dirty)
-        for peer in now:
-            peer.dirty = False
-            peer.flush()
+        dirty, until_s = self._dirty, self.clock() + FLUSH_S
+        try:
+            for _ in range(min(FLUSH_SLICE, len(dirty))):
+                peer = dirty.popleft()
+                peer.dirty = False
+                peer.flush()
+                if self.clock() >= until_s:
+                    break
+        finally:
+            self._flush_due = bool(dirty)
+            if dirty:
+                self.turns.soon(self._flush_dirty)
 
     def sweep(self, now_s: float) -> None:
         """Let every connection whose deadline has passed act on it."""

@@ -1,7 +1,7 @@
 """Experts: a mixture of gated MLPs of which each token takes a few (Shazeer et al. 2017, arXiv:1701.06538).
 
-On a CPU the tokens are grouped by expert and each expert is a pair of linear layers in any form; on a GPU the weights
-of all experts are stacked and one kernel serves them (vserve.kernels.moe).  Knows no files.
+The tokens are grouped by expert and each expert is a pair of linear layers in any form; on a GPU the weights of all are
+in two tensors (gpu_experts.py).  Knows no files.
 """
 
 from __future__ import annotations
@@ -76,24 +76,3 @@ class GroupedExperts:
         back = torch.empty_like(order)
         back[order] = torch.arange(order.shape[0], device=order.device)
         return y.index_select(0, back).view(*chosen.shape, -1).sum(1).to(x.dtype)
-
-
-class StackedExperts:
-    """All experts in two tensors, on a GPU: gate_up [E, 2F, D], gate first, and down [E, D, F]."""
-
-    def __init__(
-        self,
-        routing: Routing,
-        gate_up: Tensor,
-        down: Tensor,
-        compute: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor],
-    ) -> None:
-        """compute(x, chosen, weights, gate_up, down) -> [T, D]: kernels.moe.experts."""
-        self._routing = routing
-        self._gate_up = gate_up
-        self._down = down
-        self._compute = compute
-
-    def __call__(self, x: Tensor) -> Tensor:
-        chosen, weights = self._routing(x)
-        return self._compute(x, chosen, weights, self._gate_up, self._down)

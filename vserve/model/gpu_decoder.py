@@ -3,7 +3,8 @@
 Few rows: the norm before a product and the residual after it are part of a kernel that reads the weights once.  More:
 cuBLAS, with the residual as its accumulator.  Which, is asked of kernels.dispatch by shape; nothing here reads a value,
 so the same Python captures the same kernels for every batch of a shape.  The fused forms are those of a model whose
-RMS norms lead to plain layers and a dense MLP gated by SiLU; any other runs operation by operation, as on a CPU.
+RMS norms lead to plain layers and to MLPs gated by SiLU, dense or of experts; any other runs operation by operation, as
+on a CPU.
 One thread, one stream at a time.
 """
 
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vserve.kernels import cuda, dispatch
+from vserve.kernels import cuda, dispatch, moe
 from vserve.kernels.cuda import StepPlan
 from vserve.model.config import Activation, ModelConfig
 from vserve.model.decoder import Decoder
+from vserve.model.experts import Experts
+from vserve.model.gpu_experts import GpuExperts
 from vserve.model.gpu_linear import QUANTISED, FloatGpuLinear, GpuLinear
 from vserve.model.layers import Block, Embedding, Mlp, Norm, Positions
 from vserve.model.linear import Linear, PlainLinear
@@ -30,14 +33,21 @@ _FUSED = (PlainLinear, *QUANTISED)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Dense:
+    """An MLP in the form that can be fused."""
+
+    gate_up: PlainLinear | GpuLinear
+    down: PlainLinear | GpuLinear
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Layer:
     """One block in the form that can be fused."""
 
     block: Block
     qkv: PlainLinear | GpuLinear
     output: PlainLinear | GpuLinear
-    gate_up: PlainLinear | GpuLinear
-    down: PlainLinear | GpuLinear
+    mlp: _Dense | GpuExperts
 
 
 class GpuDecoder(Decoder):
@@ -96,14 +106,14 @@ class GpuDecoder(Decoder):
         eps, last = self.config.norm_eps, len(layers) - 1
         residual = self._embedding(ids)
         for number, (layer, pair) in enumerate(zip(layers, pairs, strict=True)):
-            block, qkv, gate_up = layer.block, layer.qkv, layer.gate_up
-            x = norm_linear(residual, block.attention_norm.weight, eps, qkv)
+            block = layer.block
+            x = norm_linear(residual, block.attention_norm.weight, eps, layer.qkv)
             q = cuda.rope_and_write(x, pair, plan, block.q_norm, block.k_norm, eps, block.rotation)
             x = cuda.paged_attention(q, pair, plan, self._scale, block.window)
             if number == last and logit_rows is not None:  # what follows is wanted of these rows only
                 x, residual = x.index_select(0, logit_rows), residual.index_select(0, logit_rows)
             residual = add_linear(x, layer.output, residual)
-            residual = add_mlp(residual, block.mlp_norm.weight, eps, gate_up, layer.down)
+            residual = _add_mlp(residual, block.mlp_norm.weight, eps, layer.mlp)
         return norm_linear(residual, norm.weight, eps, head)
 
 
@@ -123,7 +133,7 @@ def norm_gated_linear(x: Tensor, norm: Tensor, eps: float, linear: PlainLinear |
     return cuda.silu_mul(cuda.norm_linear(x, norm, eps, linear.weight, linear.bias))
 
 
-def add_mlp(
+def add_dense(
     residual: Tensor, norm: Tensor, eps: float, gate_up: PlainLinear | GpuLinear, down: PlainLinear | GpuLinear
 ) -> Tensor:
     """residual [M, N] + down(silu(gate) * up) of its rms_norm with norm [N]; residual is undefined afterwards."""
@@ -145,6 +155,24 @@ def add_linear(x: Tensor, linear: PlainLinear | GpuLinear, residual: Tensor) -> 
     return residual.addmm_(x, weight.t())
 
 
+def add_experts(residual: Tensor, norm: Tensor, eps: float, experts: GpuExperts) -> Tensor:
+    """residual [M, D] + the mixture of rms_norm(residual, norm, eps); residual is undefined afterwards."""
+    router = experts.router
+    if 0 < residual.shape[0] <= moe.FEW_TOKENS:
+        assert isinstance(router, _FUSED)
+        scores = norm_linear(residual, norm, eps, router)
+        added = experts.add_to(residual, norm, eps, scores)
+        return experts.add(cuda.rms_norm(residual, norm, eps), scores, residual) if added is None else added
+    x = cuda.rms_norm(residual, norm, eps)
+    return experts.add(x, router(x), residual)
+
+
+def _add_mlp(residual: Tensor, norm: Tensor, eps: float, mlp: _Dense | GpuExperts) -> Tensor:
+    if isinstance(mlp, GpuExperts):
+        return add_experts(residual, norm, eps, mlp)
+    return add_dense(residual, norm, eps, mlp.gate_up, mlp.down)
+
+
 def _fused(
     config: ModelConfig, blocks: Sequence[Block], norm: Norm | None, head: Linear
 ) -> tuple[tuple[_Layer, ...], Norm, PlainLinear | GpuLinear] | None:
@@ -156,11 +184,18 @@ def _fused(
         return None
     layers = []
     for block in blocks:
-        mlp = block.mlp
-        if not isinstance(mlp, Mlp) or block.attention_norm.bias is not None:
+        mlp = _fused_mlp(block.mlp)
+        if mlp is None or block.attention_norm.bias is not None:
             return None
-        parts = [part for part in (block.qkv, block.output, mlp.up, mlp.down) if isinstance(part, _FUSED)]
-        if len(parts) != 4:
+        if not isinstance(block.qkv, _FUSED) or not isinstance(block.output, _FUSED):
             return None
-        layers.append(_Layer(block, *parts))
+        layers.append(_Layer(block, block.qkv, block.output, mlp))
     return tuple(layers), norm, head
+
+
+def _fused_mlp(mlp: Mlp | Experts) -> _Dense | GpuExperts | None:
+    if isinstance(mlp, GpuExperts):
+        return mlp if isinstance(mlp.router, _FUSED) else None
+    if isinstance(mlp, Mlp) and isinstance(mlp.up, _FUSED) and isinstance(mlp.down, _FUSED):
+        return _Dense(mlp.up, mlp.down)
+    return None

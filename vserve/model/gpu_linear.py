@@ -17,6 +17,7 @@ from torch.nn import functional
 from vserve.kernels import cuda, early, fp8, grouped, packed
 from vserve.kernels.packed import Form, Packed
 from vserve.model.grouped_weights import Groups
+from vserve.model.linear import Linear
 from vserve.model.quant import Blocks
 
 _FP8_ALIGN: Final = 16
@@ -45,6 +46,11 @@ class GroupedGpuLinear:
         self.weight = weight
         self._bias = bias
         self._order = order
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the weights lie in the order of the inputs."""
+        return self._order is None
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._product(self._ordered(x), None)
@@ -140,6 +146,13 @@ class StackedGpuLinear:
 
 QUANTISED: Final = (GroupedGpuLinear, FloatGpuLinear, StackedGpuLinear)
 """Every class of such layers."""
+
+
+def packed_weight(layer: Linear) -> Packed | None:
+    """The weight that is all of a layer but its bias; None for one that is plain, in parts or in an order."""
+    if isinstance(layer, GroupedGpuLinear):
+        return layer.weight if layer.in_order else None
+    return layer.weight if isinstance(layer, FloatGpuLinear) else None
 
 
 def stacked_linear(parts: Sequence[GpuLinear | None]) -> GpuLinear | None:

@@ -7,6 +7,7 @@ on the engine thread, and on a few of its own.
 
 from __future__ import annotations
 
+import logging
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from vserve.kernels import reference
 from vserve.model import quant
 from vserve.model.config import ModelConfig, NormKind
 from vserve.model.decoder import Decoder
-from vserve.model.experts import Experts, GroupedExperts, Routing, StackedExperts
+from vserve.model.experts import Experts, GroupedExperts, Routing
 from vserve.model.families import Names, family_of
 from vserve.model.grouped_weights import GroupedTensor
 from vserve.model.layers import (
@@ -46,6 +47,11 @@ from vserve.model.source import ModelSource
 from vserve.model.tensors import check, expected, expected_shapes, linear_numbers
 from vserve.model.upload import MOST_THREADS, Uploader
 from vserve.model.weights import StoredTensor, Weights
+
+if TYPE_CHECKING:  # its kernels need Triton, which torch for CPUs comes without
+    from vserve.kernels.moe_packed import Stack
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Told (done, total) bytes after each part of the model, on the thread that loads."""
@@ -157,11 +163,11 @@ class _Parts(Protocol):
         order: where each row of the stack comes from, when not from its own place.
         """
 
-    def stacked(self, *modules: str, into: Tensor) -> None:
-        """Write modules' weights, one below the other, to into [outputs, inputs] on the device."""
+    def stack(self, experts: Sequence[tuple[str, ...]], outputs: int, inputs: int) -> Tensor | Stack:
+        """The weights of experts on a GPU: of each its modules', one below the other, [outputs, inputs] in all.
 
-    def empty(self, *shape: int) -> Tensor:
-        """Room on the device in the model's dtype."""
+        Packed where the weights of all are, and alike; else [experts, outputs, inputs] in the model's dtype.
+        """
 
     def ends(self) -> tuple[Embedding, Linear]:
         """The embedding and the head, without their projections."""
@@ -241,21 +247,20 @@ def _block(parts: _Parts, config: ModelConfig, names: Names, order: Tensor | Non
 def _experts(parts: _Parts, config: ModelConfig, names: Names, prefix: str) -> Experts:
     wanted = config.experts
     assert wanted is not None
-    routing = Routing(parts.linear(prefix + names.router), wanted.active, wanted.normalised)
+    router = parts.linear(prefix + names.router)
     inside = [prefix + names.expert.format(number) for number in range(wanted.count)]
     if not parts.for_gpu:
+        routing = Routing(router, wanted.active, wanted.normalised)
         gate_up = [parts.linear(*(expert + name for name in names.expert_gate_up)) for expert in inside]
         return GroupedExperts(
             routing, gate_up, [parts.linear(expert + names.expert_down) for expert in inside], reference.silu_mul
         )
-    from vserve.kernels import moe
+    from vserve.model.gpu_experts import GpuExperts  # its kernels need Triton, which torch for CPUs comes without
 
-    up = parts.empty(wanted.count, 2 * wanted.intermediate_size, config.hidden_size)
-    down = parts.empty(wanted.count, config.hidden_size, wanted.intermediate_size)
-    for number, expert in enumerate(inside):
-        parts.stacked(*(expert + name for name in names.expert_gate_up), into=up[number])
-        parts.stacked(expert + names.expert_down, into=down[number])
-    return StackedExperts(routing, up, down, moe.experts)
+    inner, width = wanted.intermediate_size, config.hidden_size
+    up = parts.stack([tuple(expert + name for name in names.expert_gate_up) for expert in inside], 2 * inner, width)
+    down = parts.stack([(expert + names.expert_down,) for expert in inside], width, inner)
+    return GpuExperts(router, wanted.active, wanted.normalised, up, down)
 
 
 class _StoredParts:
@@ -322,11 +327,18 @@ class _StoredParts:
             return online_fp8(weight, bias)
         return self._linear(stored, bias)
 
-    def stacked(self, *modules: str, into: Tensor) -> None:
-        self._fill(into, [self._take(f"{module}.weight") for module in modules])
+    def stack(self, experts: Sequence[tuple[str, ...]], outputs: int, inputs: int) -> Tensor | Stack:
+        if self._make_fp8 or self._weights.get(f"{experts[0][0]}.weight").quantised:
+            from vserve.model.gpu_experts import stacked
 
-    def empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self._dtype, device=self.device)
+            packed = stacked((self.linear(*modules) for modules in experts), len(experts))
+            if packed is not None:
+                return packed
+            log.info("the weights of %s and of its neighbours become plain: they cannot be packed alike", experts[0][0])
+        weight = torch.empty((len(experts), outputs, inputs), dtype=self._dtype, device=self.device)
+        for into, modules in zip(weight, experts, strict=True):
+            self._fill(into, [self._take(f"{module}.weight") for module in modules])
+        return weight
 
     def ends(self) -> tuple[Embedding, Linear]:
         stored = self._take(f"{self._names.base}{self._names.embedding}.weight", turned=False)
@@ -463,11 +475,21 @@ class _DummyParts:
             return dense_linear(weight, bias)
         return quantised_dummy(weight, bias, self._quantization)
 
-    def stacked(self, *modules: str, into: Tensor) -> None:
-        into.copy_(self._matrix(modules[0], *into.shape))
+    def stack(self, experts: Sequence[tuple[str, ...]], outputs: int, inputs: int) -> Tensor | Stack:
+        count = len(experts)
+        if self._quantization is not None:
+            from vserve.model.gpu_experts import stacked
 
-    def empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self._dtype, device=self.device)
+            # What quantises a weight takes several times its memory beside it.
+            some = next(size for size in (8, 4, 2, 1) if count % size == 0)
+            parts = (
+                quantised_dummy(self._matrix(modules[0], some * outputs, inputs), None, self._quantization)
+                for modules in experts[::some]
+            )
+            packed = stacked(parts, count // some)
+            if packed is not None:
+                return packed.split(some)
+        return self._matrix(experts[0][0], count * outputs, inputs).view(count, outputs, inputs)
 
     def ends(self) -> tuple[Embedding, Linear]:
         embedding, head = f"{self._names.base}{self._names.embedding}.weight", f"{self._names.head}.weight"

@@ -16,6 +16,7 @@ from torch import Tensor
 @dataclass(frozen=True, slots=True)
 class Step:
     """The tensors of one forward pass over T tokens of R sequences, flattened; a step mixes prefill chunks and decodes.
+    All are on the model's device.
 
     ids [T] int64: token ids.  positions [T] int64: place of each token in its sequence.
     slots [T] int64: block * block_size + offset, where the token's key and value go.

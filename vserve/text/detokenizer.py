@@ -8,7 +8,8 @@ from __future__ import annotations
 from codecs import utf_8_decode
 from collections.abc import Sequence
 
-from vserve.text.tokenizer import DecodeStyle, Tokenizer
+from vserve.text.pieces import DecodeStyle
+from vserve.text.tokenizer import Tokenizer
 
 _HELD_TOKENS = 8
 """A character takes at most four byte tokens: a window that still ends in U+FFFD after this many really is broken."""

@@ -16,7 +16,8 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from vserve.errors import StartupError, shorten
-from vserve.text.tokenizer import Tokenizer, one_line, wrap_with
+from vserve.text.tokenizer import Tokenizer
+from vserve.text.tokenizer_files import one_line, wrap_with
 
 KINDS: Final = ("gpt2", "llama")
 """The values of tokenizer.ggml.model that build understands."""

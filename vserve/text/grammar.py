@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING
 
 from vserve.errors import BadRequest, InternalError, RateLimited
 from vserve.text.grammar_spec import GrammarKind, GrammarSpec
-from vserve.text.tokenizer import DecodeStyle, Tokenizer
+from vserve.text.pieces import DecodeStyle
+from vserve.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher

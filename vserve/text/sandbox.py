@@ -101,6 +101,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols])
         self._bounds = bounds
         self._thread = _ThreadMeter()
+        self.count_step = self._count_step  # called by every turn of a loop and every macro; one object, see call
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = lambda format: now().strftime(format)
         self.globals["namespace"] = _Namespace
@@ -119,8 +120,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         finally:
             self._thread.meter = None
 
-    def count_step(self) -> None:
-        """Called by every turn of a loop and every macro."""
+    def _count_step(self) -> None:
         if self._thread.meter is not None:
             self._thread.meter.step()
 
@@ -129,6 +129,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self._bounded("".join(map(str, operands)))
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: object, right: object) -> object:
+        if operator == "+" and type(left) is str and type(right) is str:  # most there are, by far
+            self._check_size(len(left) + len(right))
+            return left + right
         if operator == "*":
             for sized, times in ((left, right), (right, left)):
                 if isinstance(sized, str | list | tuple) and isinstance(times, int):
@@ -142,6 +145,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self._bounded(super().call_binop(context, operator, left, right))
 
     def call(self, context: jinja2.runtime.Context, obj: object, /, *args: object, **kwargs: object) -> object:
+        if obj is self.count_step:  # ours, and no template can name it: nothing of it need be checked
+            self._count_step()
+            return None
         self._check_arguments(*args, *kwargs.values())
         owner = getattr(obj, "__self__", None)
         if isinstance(owner, str):

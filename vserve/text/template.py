@@ -18,7 +18,7 @@ from jinja2 import nodes
 
 from vserve.errors import BadRequest, StartupError, shorten
 from vserve.text.sandbox import BoundPassed, Bounds, Sandbox, with_meter
-from vserve.text.tokenizer import read_json_object
+from vserve.text.tokenizer_files import read_json_object
 
 _SOURCE_LIMIT_CHARS: Final = 2**20
 _BOUNDS: Final = Bounds()

@@ -1,43 +1,41 @@
 """The tokenizer: text to token ids and back, and what each id means.
 
-Owns the reading of a Hugging Face folder's tokenizer files and the per-id tables that make decoding a join of bytes.
-It must not know where a request came from, nor what a chat template is; ``gguf_vocab`` builds the same class from the
-metadata of a GGUF file.
+Owns the per-id tables that make decoding a join of bytes; a folder's files are tokenizer_files.py's, what a vocabulary
+spells is pieces.py's.  It must not know where a request came from, nor what a chat template is; ``gguf_vocab`` builds
+the same class from the metadata of a GGUF file.
 """
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from enum import Enum, auto
+from contextlib import suppress
 from pathlib import Path
-from typing import Final, Self
+from typing import Self
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import decoders, models, pre_tokenizers
 
 from vserve.errors import BadRequest, StartupError, shorten
-
-_FILE_LIMIT_BYTES: Final = 512 * 2**20
-"""A larger tokenizer file is refused unread; the largest published ones are about 35 MB."""
-
-_SPACE: Final = "\u2581"
-"""How SentencePiece writes a space inside a piece."""
-
-_FOREIGN: Final = "\uffff"
-"""A character that no vocabulary uses: Unicode reserves it as a non-character."""
-
-
-class DecodeStyle(Enum):
-    """How the text of several tokens follows from the tokens."""
-
-    BYTES = auto()
-    """The bytes of the tokens, joined, read as UTF-8."""
-    BYTES_STRIPPED = auto()
-    """The same, less one space at the very start (the one that SentencePiece put before the first word)."""
-    WINDOW = auto()
-    """Only the library knows: decode a window of ids and compare."""
+from vserve.text.pieces import (
+    DecodeStyle,
+    byte_alphabet,
+    bytes_of_pieces,
+    most_bytes_of_a_token,
+    pieces_by_id,
+    read_decoder,
+)
+from vserve.text.tokenizer_files import (
+    add_missing_tokens,
+    check_panic,
+    id_of,
+    mark_special,
+    named_eos_ids,
+    named_tokens,
+    read_config,
+    read_core,
+    wrap_with,
+)
 
 
 class Tokenizer:
@@ -69,17 +67,17 @@ class Tokenizer:
         self.bos_id = bos_id
         self.eos_ids = frozenset(eos_ids)
         self.special_tokens: Mapping[str, str] = dict(special_tokens)
-        self.style, spelling = _read_decoder(core)
-        self._pieces = pieces if pieces is not None else _pieces_by_id(core)
+        self.style, spelling = read_decoder(core)
+        self._pieces = pieces if pieces is not None else pieces_by_id(core)
         self.vocab_size = len(self._pieces)
         self.special_ids = frozenset(id for id, token in core.get_added_tokens_decoder().items() if token.special)
-        self._bytes = _bytes_of_pieces(self._pieces, spelling)
+        self._bytes = bytes_of_pieces(self._pieces, spelling)
         self._visible_bytes = list(self._bytes)
         for id in self.special_ids:
             self._visible_bytes[id] = b""
         # Byte-level vocabularies may lack a byte that hardly any text has: the library leaves it out.
         self._lost = bytes({*range(256)} - {piece[0] for piece in self._bytes if len(piece) == 1})
-        self._most_bytes = _most_bytes_of_a_token(core, self._bytes, self._lost)
+        self._most_bytes = most_bytes_of_a_token(core, self._bytes, self._lost)
         self._partly_visible: dict[frozenset[int], list[bytes]] = {}
 
     @classmethod
@@ -89,15 +87,15 @@ class Tokenizer:
         generation_config (that file's content) adds its ``eos_token_id``, a number or a list, to the ids that end a
         generation.  Raises StartupError with one line that names the file.
         """
-        core = _read_core(folder)
-        config = _read_config(folder)
-        _add_missing_tokens(core, config, folder)
-        special_tokens = _named_tokens(config)
-        _mark_special(core, special_tokens.values())
-        bos_id = _id_of(core, special_tokens.get("bos_token"))
-        eos_id = _id_of(core, special_tokens.get("eos_token"))
+        core = read_core(folder)
+        config = read_config(folder)
+        add_missing_tokens(core, config, folder)
+        special_tokens = named_tokens(config)
+        mark_special(core, special_tokens.values())
+        bos_id = id_of(core, special_tokens.get("bos_token"))
+        eos_id = id_of(core, special_tokens.get("eos_token"))
         eos_ids = set() if eos_id is None else {eos_id}
-        eos_ids |= _eos_ids(generation_config or {})
+        eos_ids |= named_eos_ids(generation_config or {})
         if "add_bos_token" in config or "add_eos_token" in config:
             # The flags outrank the file's post-processor, as in transformers: several published files rely on it.
             wrap_with(
@@ -145,7 +143,7 @@ class Tokenizer:
         except TypeError:
             raise BadRequest(f"text {shorten(text)} is not valid Unicode: it holds a lone surrogate") from None
         except BaseException as error:
-            _check_panic(error)
+            check_panic(error)
             raise
 
     def encode_batch(self, texts: Sequence[str], *, add_special: bool = True) -> list[list[int]]:
@@ -155,7 +153,7 @@ class Tokenizer:
         except TypeError:
             raise BadRequest("a text is not valid Unicode: it holds a lone surrogate") from None
         except BaseException as error:
-            _check_panic(error)
+            check_panic(error)
             raise
         return [encoding.ids for encoding in encodings]
 
@@ -176,7 +174,7 @@ class Tokenizer:
         try:
             return str(self._core.decode(known, skip_special_tokens=skip_special))
         except BaseException as error:
-            _check_panic(error)
+            check_panic(error)
             raise
 
     def byte_table(self, *, skip_special: bool, shown: frozenset[int] = frozenset()) -> Sequence[bytes]:
@@ -201,6 +199,13 @@ class Tokenizer:
         """The bytes of ids, joined; an id outside the vocabulary has none."""
         table = self.byte_table(skip_special=skip_special)
         return b"".join([table[id] for id in ids if 0 <= id < self.vocab_size])
+
+    def token_strs(self, ids: Sequence[int]) -> list[str]:
+        """Each id as token_str gives it."""
+        if ids and min(ids) >= 0:
+            with suppress(IndexError):
+                return list(map(self._pieces.__getitem__, ids))  # half the time of a line of Python an id
+        return [self.token_str(id) for id in ids]
 
     def token_str(self, id: int) -> str:
         """The token as the vocabulary spells it ("Ġworld", "▁world"), or "" for an id outside it."""
@@ -249,252 +254,3 @@ class Tokenizer:
                 twin.encode_special_tokens = True
                 self._literal = twin
             return self._literal
-
-
-_COMPOSING: Final = 3
-"""NFC makes at most so many bytes into one: U+0390, two bytes, is six when it is written out."""
-_MOST_LOST: Final = 64
-"""A vocabulary that lacks more bytes than this is not one of bytes."""
-_KEEPS_BYTES: Final = frozenset({"ByteLevel", "Digits", "Split", "Punctuation", "Metaspace"})
-
-
-_NOT_IN_UTF8: Final = bytes((0xC0, 0xC1, *range(0xF5, 0x100)))
-
-
-def _most_bytes_of_a_token(core: tokenizers.Tokenizer, token_bytes: Sequence[bytes], lost: bytes) -> int | None:
-    """The most bytes of text, less the lost ones, that one token can stand for; None where that is unknown.
-
-    Known only where no step drops text: a BPE of bytes, no token that takes the spaces beside it.
-    """
-    if not isinstance(core.model, models.BPE) or len(lost) > _MOST_LOST:
-        return None
-    if any(token.lstrip or token.rstrip for token in core.get_added_tokens_decoder().values()):
-        return None
-    if any(step.get("type") not in _KEEPS_BYTES or _removes(step) for step in _steps(core.pre_tokenizer)):
-        return None
-    factor = 1
-    for step in _steps(core.normalizer):
-        kind = step.get("type")
-        if kind == "NFC" and not lost.strip(_NOT_IN_UTF8):
-            factor = _COMPOSING
-        elif kind != "Prepend" and not (kind == "Replace" and step.get("content") == _SPACE):
-            return None
-    return factor * max(map(len, token_bytes))
-
-
-def _steps(part: pre_tokenizers.PreTokenizer | normalizers.Normalizer | None) -> list[dict[str, object]]:
-    """What a part of the tokenizer does, one step after the other; an unreadable one is a step without a type."""
-    if part is None:
-        return []
-    state: dict[str, object] = json.loads(part.__getstate__())
-    nested = state.get("pretokenizers", state.get("normalizers"))
-    return nested if isinstance(nested, list) else [state]
-
-
-def _removes(step: dict[str, object]) -> bool:
-    return str(step.get("behavior", "")).lower() == "removed"
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether the folder has the files of a tokenizer, readable or not."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-
-
-def wrap_with(core: tokenizers.Tokenizer, bos_id: int | None, eos_id: int | None) -> None:
-    """Make core put bos_id before and eos_id after each text encoded with add_special; None: nothing there."""
-    ends = {id: core.id_to_token(id) for id in (bos_id, eos_id) if id is not None}
-    before = [f"{ends[bos_id]}:0"] if bos_id is not None else []
-    after = [f"{ends[eos_id]}:0"] if eos_id is not None else []
-    core.post_processor = processors.TemplateProcessing(
-        single=[*before, "$A:0", *after],
-        pair=["$A:0", "$B:1"],
-        special_tokens=[(str(token), id) for id, token in ends.items()],
-    )
-
-
-def byte_alphabet() -> dict[str, int]:
-    """The character that byte-level vocabularies write for each byte (Radford et al. 2019, the GPT-2 encoder).
-
-    Printable Latin-1 characters stand for themselves, the other bytes for U+0100 upwards in order.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-class _Spelling(Enum):
-    """How a piece of the vocabulary spells its bytes."""
-
-    BYTE_LEVEL = auto()
-    SENTENCEPIECE = auto()
-    PLAIN = auto()
-
-
-def _read_decoder(core: tokenizers.Tokenizer) -> tuple[DecodeStyle, _Spelling]:
-    """What core's decoder does, where it is one of the two families whose text is a join of bytes."""
-    if core.decoder is None:
-        return DecodeStyle.WINDOW, _Spelling.PLAIN
-    state: dict[str, object] = json.loads(core.decoder.__getstate__())
-    nested = state.get("decoders")
-    steps: list[dict[str, object]] = nested if isinstance(nested, list) else [state]
-    kinds = [step.get("type") for step in steps]
-    if kinds in (["ByteLevel"], ["ByteLevel", "Fuse"]):
-        return DecodeStyle.BYTES, _Spelling.BYTE_LEVEL
-    if kinds[:3] in (["Replace", "ByteFallback", "Fuse"], ["ByteFallback", "Replace", "Fuse"]):
-        replace = steps[kinds.index("Replace")]
-        spaces = replace.get("pattern") == {"String": _SPACE} and replace.get("content") == " "
-        if spaces and len(steps) == 3:
-            return DecodeStyle.BYTES, _Spelling.SENTENCEPIECE
-        if spaces and steps[3:] == [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]:
-            return DecodeStyle.BYTES_STRIPPED, _Spelling.SENTENCEPIECE
-    return DecodeStyle.WINDOW, _Spelling.PLAIN
-
-
-def _pieces_by_id(core: tokenizers.Tokenizer) -> list[str]:
-    """The spelling of every id; "" in the holes that some vocabularies have."""
-    ids = core.get_vocab(with_added_tokens=True)
-    pieces = [""] * (max(ids.values(), default=-1) + 1)
-    for piece, id in ids.items():
-        pieces[id] = piece
-    return pieces
-
-
-def _bytes_of_pieces(pieces: Sequence[str], spelling: _Spelling) -> list[bytes]:
-    if spelling is _Spelling.PLAIN:
-        return [piece.encode() for piece in pieces]
-    if spelling is _Spelling.SENTENCEPIECE:
-        table = [piece.replace(_SPACE, " ").encode() for piece in pieces]
-        fallback = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
-        for id, piece in enumerate(pieces):
-            if piece in fallback:
-                table[id] = fallback[piece]
-        return table
-    # A character below 256 that the alphabet does not use must not pass for a byte.
-    to_byte: dict[int, str | int] = dict.fromkeys(range(256), _FOREIGN)
-    to_byte |= {ord(char): byte for char, byte in byte_alphabet().items()}
-    # One translate for the whole vocabulary: one for each of 50,000 pieces costs three times as much.
-    translated = _FOREIGN.join(pieces).translate(to_byte).split(_FOREIGN)
-    if len(translated) != len(pieces):
-        translated = [piece.translate(to_byte) for piece in pieces]
-    return [_latin1_or(spelled, piece) for spelled, piece in zip(translated, pieces, strict=True)]
-
-
-def _latin1_or(spelled: str, piece: str) -> bytes:
-    """The bytes of a translated piece.  Added tokens outside the byte alphabet stand for themselves."""
-    try:
-        return spelled.encode("latin-1")
-    except UnicodeEncodeError:
-        return piece.encode()
-
-
-def _check_panic(error: BaseException) -> None:
-    """Raise RuntimeError if error is a panic of the library: a BaseException, which nobody expects of a bug."""
-    if type(error).__name__ == "PanicException":
-        raise RuntimeError(f"the tokenizers library gave up: {one_line(error)}") from None
-
-
-def _read_core(folder: Path) -> tokenizers.Tokenizer:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        if (folder / "tokenizer.model").is_file():
-            raise StartupError(
-                f"{folder} has tokenizer.model but no tokenizer.json: save it once with transformers' "
-                "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-            )
-        raise StartupError(f"{folder} has no tokenizer.json")
-    data = _read_limited(path)
-    try:
-        try:
-            return tokenizers.Tokenizer.from_buffer(data)
-        except BaseException as error:
-            _check_panic(error)
-            raise
-    except Exception as error:  # the library raises bare Exception for whatever its parser dislikes
-        raise StartupError(f"{path} is not a tokenizer file: {one_line(error)}") from None
-
-
-def _read_config(folder: Path) -> dict[str, object]:
-    """tokenizer_config.json, with the older special_tokens_map.json beneath it."""
-    merged: dict[str, object] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        path = folder / name
-        if path.is_file():
-            merged |= read_json_object(path)
-    return merged
-
-
-def read_json_object(path: Path) -> dict[str, object]:
-    """The JSON object in a configuration file.  Raises StartupError that names the file."""
-    try:
-        value = json.loads(_read_limited(path))
-    except (ValueError, RecursionError) as error:
-        raise StartupError(f"{path} is not valid JSON: {one_line(error)}") from None
-    if not isinstance(value, dict):
-        raise StartupError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
-
-
-def _read_limited(path: Path) -> bytes:
-    try:
-        size = path.stat().st_size
-        if size > _FILE_LIMIT_BYTES:
-            raise StartupError(f"{path} has {size} bytes, more than a tokenizer file may have ({_FILE_LIMIT_BYTES})")
-        return path.read_bytes()
-    except OSError as error:
-        raise StartupError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _add_missing_tokens(core: tokenizers.Tokenizer, config: Mapping[str, object], folder: Path) -> None:
-    """Add the tokens that only tokenizer_config.json lists (``added_tokens_decoder``: id -> token)."""
-    listed = config.get("added_tokens_decoder")
-    if not isinstance(listed, dict):
-        return
-    present = {token.content for token in core.get_added_tokens_decoder().values()}
-    entries = [(int(id), token) for id, token in listed.items() if id.isascii() and id.isdigit()]
-    for id, token in sorted(entries, key=lambda entry: entry[0]):
-        content = token.get("content") if isinstance(token, dict) else None
-        if not isinstance(content, str) or not content or content in present:
-            continue
-        flags = {name: token.get(name) is True for name in ("lstrip", "rstrip", "normalized", "single_word", "special")}
-        core.add_tokens([AddedToken(content, **flags)])
-        if core.token_to_id(content) != id:
-            raise StartupError(
-                f"{folder} holds files of two tokenizers: tokenizer_config.json gives {shorten(content)} the id {id}, "
-                f"tokenizer.json {core.token_to_id(content)}"
-            )
-
-
-def _mark_special(core: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
-    """Make control tokens of those that the vocabulary has as ordinary pieces; their flags stay where they have any."""
-    added = {token.content for token in core.get_added_tokens_decoder().values()}
-    core.add_special_tokens([token for token in tokens if token not in added and core.token_to_id(token) is not None])
-
-
-def _named_tokens(config: Mapping[str, object]) -> dict[str, str]:
-    """The named tokens ("bos_token", "eos_token", "pad_token", ...) and their text."""
-    named: dict[str, str] = {}
-    for key, value in config.items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(text, str) and text:
-            named[key] = text
-    return named
-
-
-def _id_of(core: tokenizers.Tokenizer, token: str | None) -> int | None:
-    return None if token is None else core.token_to_id(token)
-
-
-def eos_ids_in(generation_config: Mapping[str, object], vocab_size: int) -> frozenset[int]:
-    """The end-of-text ids that generation_config.json names, as far as the model has them."""
-    return frozenset(id for id in _eos_ids(generation_config) if id < vocab_size)
-
-
-def _eos_ids(generation_config: Mapping[str, object]) -> set[int]:
-    value = generation_config.get("eos_token_id")
-    values = value if isinstance(value, list) else [value]
-    return {id for id in values if isinstance(id, int) and not isinstance(id, bool) and id >= 0}
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error as it may stand in a StartupError."""
-    return " ".join(str(error).split())[:200]
