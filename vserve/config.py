@@ -138,9 +138,6 @@ class Config:
         "model",
         choices=("auto", "hermes", "llama3_json", "mistral", "none"),
     )
-    enable_auto_tool_choice: bool = _option(
-        False, "has no effect: the model may always choose to call; for launch lines of other servers", "model"
-    )
     reasoning_parser: str = _option(
         "auto",
         "how the model's reasoning is told from its answer; auto: as its chat template shows; none: not at all",

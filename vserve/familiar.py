@@ -42,6 +42,7 @@ FAMILIAR: tuple[Familiar, ...] = (
     Familiar(("--pipeline-parallel-size", "-pp"), "there is one worker", ("1",)),
     Familiar(("--data-parallel-size", "-dp"), "there is one worker", ("1",)),
     Familiar(("--enable-server-load-tracking",), "/load is always on"),
+    Familiar(("--enable-auto-tool-choice",), "a model may always choose to call a tool"),
     Familiar(("--generation-config",), "the model's own generation_config.json gives the defaults", ("auto",)),
     Familiar(("--response-role",), "answers are the assistant's", ("assistant",)),
     Familiar(("--runner", "--task"), "what a model does follows from its files", ("auto", "generate")),

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import requests
 
 from tests.fakes_api import EOS, LETTERS, NAME, Stand, answers, parse_events, says, standing
 from vserve.api import messages_fields as row
@@ -363,3 +364,64 @@ def test_an_empty_answer_has_no_block() -> None:
         assert stand.post(PATH, ASK).json()["content"] == []
         events = parse_events(stand.post(PATH, {**ASK, "stream": True}).text)
         assert [event["type"] for event in events] == ["message_start", "ping", "message_delta", "message_stop"]
+
+
+# ---- Streams that go on ------------------------------------------------------------------------------------------
+
+THOUGHT = "<think>let me see</think>"
+CALL = '<tool_call>{"name":"f","arguments":{"x":1}}</tool_call>'
+TOOL = {"name": "f", "input_schema": {"type": "object", "properties": {"x": {"type": "integer"}}}}
+
+
+def heard(stand: Stand, body: dict[str, Any] | None, last: str | None, most: int) -> tuple[list[str], str]:
+    """Up to so many events of a stream, and the id of the last; the connection is then cut."""
+    headers = {} if last is None else {"last-event-id": last}
+    with requests.post(stand.url + PATH, json=body, headers=headers, stream=True, timeout=30) as reply:
+        assert reply.status_code == 200, reply.text
+        blocks: list[str] = []
+        data = ""
+        for part in reply.iter_content(chunk_size=None):
+            data += part.decode()
+            *whole, data = data.split("\n\n")
+            blocks += whole
+            if len(blocks) >= most:
+                break
+    blocks = blocks[:most]
+    assert all(block.startswith("id: ") for block in blocks)
+    return [f"{block}\n\n" for block in blocks], blocks[-1].partition("\n")[0][4:]
+
+
+def told(events: list[Any]) -> tuple[object, ...]:
+    blocks = folded(events)
+    for block in blocks:
+        block.pop("id", None)
+    kinds = [event["type"] for event in events]
+    ends = kinds.count("message_start"), kinds.count("message_delta"), kinds.index("message_stop") - len(kinds)
+    delta = next(event for event in events if event["type"] == "message_delta")
+    return blocks, ends, delta["delta"], delta["usage"]["output_tokens"]
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["Hello, world!" + EOS, f"{THOUGHT}Now.{CALL}{EOS}", f"{CALL}{CALL}{EOS}", EOS, "ä😀" + EOS],
+    ids=["text", "thought-call", "calls", "empty", "wide"],
+)
+@pytest.mark.parametrize("tokens_per_step", [1, 7])
+def test_a_stream_cut_behind_any_event_goes_on(script: str, tokens_per_step: int) -> None:
+    body = {**ASK, "max_tokens": 200, "stream": True, "tools": [TOOL]}
+    engine = {"tokens_per_step": tokens_per_step}
+    parsers = {"tool_call_parser": "hermes", "reasoning_parser": "qwen3"}
+    with standing(says(script), context=1024, engine=engine, **parsers) as stand:
+        blocks, _ = heard(stand, body, None, 10_000)
+        whole = told(parse_events("".join(blocks)))
+        for most in range(1, len(blocks) + 1):
+            said, last = heard(stand, body, None, most)
+            while "message_stop" not in said[-1]:
+                more, last = heard(stand, None, last, 3)
+                said += more
+            assert told(parse_events("".join(said))) == whole
+
+
+def test_a_stream_that_is_not_known_is_refused_in_anthropics_words(stand: Stand) -> None:
+    reply = stand.post(PATH, ASK, last_event_id="x" * 22 + ".1")
+    assert (reply.status_code, reply.json()["error"]["type"]) == (404, "not_found_error")

@@ -70,7 +70,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule()
     def forget_all(self) -> None:
-        self.pool.forget_all()
+        self.pool.forget(list(self.named.values()))
         self.named.clear()
         assert self.pool.cached == 0
 

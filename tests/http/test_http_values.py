@@ -13,7 +13,6 @@ FIELDS = Headers([("a", "1"), ("b", "2"), ("a", "3")])
 
 def test_names_compare_without_case_and_lines_join() -> None:
     assert (FIELDS.get("A"), FIELDS.get("b"), FIELDS.get("c"), FIELDS.get("c", "d")) == ("1, 3", "2", None, "d")
-    assert FIELDS.get_all("A") == ["1", "3"]
     assert ("B" in FIELDS, "c" in FIELDS, len(FIELDS)) == (True, False, 3)
     assert list(FIELDS) == [("a", "1"), ("b", "2"), ("a", "3")]
 

@@ -32,6 +32,10 @@ def pieces(detokenizer: Detokenizer, ids: list[int], cuts: list[int]) -> list[st
     return [*texts, detokenizer.flush()]
 
 
+def one_by_one(detokenizer: Detokenizer, ids: list[int]) -> list[str]:
+    return [detokenizer.push((id,)) for id in ids]
+
+
 @given(ids=IDS, cuts=CUTS, skip=st.booleans())
 @settings(max_examples=300)
 def test_the_pieces_joined_are_the_decoded_whole(
@@ -57,7 +61,7 @@ def test_no_piece_of_valid_text_holds_a_broken_character(llama: Tokenizer, text:
 @given(ids=IDS, skip=st.booleans())
 def test_the_offsets_of_tokens_add_up(tokenizer: Tokenizer, ids: list[int], skip: bool) -> None:
     whole, each = Detokenizer(tokenizer, skip_special=skip), Detokenizer(tokenizer, skip_special=skip)
-    released = each.push_each(ids)
+    released = one_by_one(each, ids)
     assert len(released) == len(ids)
     assert "".join(released) == whole.push(ids)
     assert each.flush() == whole.flush()
@@ -67,7 +71,7 @@ def test_a_character_of_several_tokens_comes_whole(smollm: Tokenizer) -> None:
     ids = smollm.encode("a😀b")
     assert len(ids) > 3
     detokenizer = Detokenizer(smollm)
-    texts = detokenizer.push_each(ids)
+    texts = one_by_one(detokenizer, ids)
     assert [text for text in texts if text] == ["a", "😀", "b"]
 
 
@@ -89,19 +93,19 @@ def test_special_tokens_are_left_out_when_asked(smollm: Tokenizer, skip: bool, t
 def test_a_continuation_keeps_its_leading_space(llama: Tokenizer, continuation: bool, text: str) -> None:
     ids = llama.encode("hello  world", add_special=False)
     detokenizer = Detokenizer(llama, continuation=continuation)
-    assert "".join(detokenizer.push_each(ids)) == text
+    assert "".join(one_by_one(detokenizer, ids)) == text
 
 
 def test_only_one_leading_space_is_stripped_and_only_once(llama: Tokenizer) -> None:
     ids = llama.encode("  a", add_special=False)
     detokenizer = Detokenizer(llama)
-    assert "".join(detokenizer.push_each([1, *ids])) == "  a"
+    assert "".join(one_by_one(detokenizer, [1, *ids])) == "  a"
     assert detokenizer.push(llama.encode("b", add_special=False)) == " b"
 
 
 def test_a_window_costs_the_same_however_long_the_stream(window: Tokenizer) -> None:
     detokenizer = Detokenizer(window, skip_special=True)
     ids = window.encode("hello world ") * 100
-    assert "".join(detokenizer.push_each([*ids, *[1] * 1000, *ids])) == window.decode([*ids, *ids], skip_special=True)
+    assert "".join(one_by_one(detokenizer, [*ids, *[1] * 1000, *ids])) == window.decode([*ids, *ids], skip_special=True)
     assert detokenizer._window is not None
     assert len(detokenizer._window._ids) < 32

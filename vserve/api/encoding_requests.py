@@ -12,8 +12,6 @@ from vserve.api.fields import Field, Values, read
 from vserve.api.prompts import Prompt
 from vserve.errors import BadRequest
 
-MAX_PAIRS = row.MAX_INPUTS
-
 
 @dataclass(frozen=True, slots=True)
 class EncodingWanted:

@@ -20,6 +20,7 @@ from vserve.api.choice import Choice
 from vserve.api.generation import generate, ignored_header, reply_head
 from vserve.api.messages_chat import own_words, parse_messages
 from vserve.api.reply import CountsNow, Framing
+from vserve.api.resume import resume
 from vserve.api.shapes import Counts, Head, Piece
 from vserve.engine.request import FinishReason
 from vserve.http import sse
@@ -44,11 +45,15 @@ class Messages:
         """Answer one request.  Raises ApiError while nothing has been sent."""
         app = self._app
         served = app.served
+        event_id = exchange.request.headers.get("last-event-id")
+        if event_id:
+            return await resume(app, served, exchange, event_id, FRAMING)
         asked = await checked(app, served, exchange, partial(parse_messages, row.MESSAGES))
         head = reply_head(served, exchange, asked.wanted, "msg_")
         with own_words():
             order = await prepare(app, served, asked)
-        return await generate(app, served, exchange, order, MessagesDialect(head), FRAMING)
+        renew = partial(MessagesDialect, head)
+        return await generate(app, served, exchange, order, renew(), FRAMING, renew)
 
     async def count_tokens(self, exchange: Exchange) -> Response:
         """How many tokens the model would read."""

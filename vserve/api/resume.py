@@ -11,6 +11,7 @@ import time
 
 from vserve.api.app import App, Served
 from vserve.api.choice import Choice
+from vserve.api.reply import OPENAI, Framing
 from vserve.api.stream import Flow, StreamReply
 from vserve.api.tracing import trace_of
 from vserve.api.trail import FINISHED, Point, Trail
@@ -20,14 +21,16 @@ from vserve.errors import DeadlineExceeded
 from vserve.http.exchange import Exchange, Response
 
 
-async def resume(app: App, served: Served, exchange: Exchange, event_id: str) -> Response | None:
+async def resume(
+    app: App, served: Served, exchange: Exchange, event_id: str, framing: Framing = OPENAI
+) -> Response | None:
     """Stream what is behind that event.  Raises NotFound, BadRequest, RateLimited or DeadlineExceeded before it."""
     route = exchange.route
     endpoint = route.name if route is not None else ""
     trail, point = app.trails.find(event_id, endpoint, app.salt(exchange, None), exchange.request.body)
     if trail.reply is not None:
         trail.reply.hand_over()
-    reply = ResumedReply(app, served.model.bridge, exchange, trail, point, event_id)
+    reply = ResumedReply(app, served.model.bridge, exchange, trail, point, int(event_id.rpartition(".")[2]), framing)
     reply.caller = app.caller(exchange)
     return await reply.run()
 
@@ -35,13 +38,15 @@ async def resume(app: App, served: Served, exchange: Exchange, event_id: str) ->
 class ResumedReply(StreamReply):
     """The rest of a stream."""
 
-    def __init__(self, app: App, bridge: Bridge, exchange: Exchange, trail: Trail, point: Point, event_id: str) -> None:
+    def __init__(
+        self, app: App, bridge: Bridge, exchange: Exchange, trail: Trail, point: Point, event: int, framing: Framing
+    ) -> None:
         now_s = time.monotonic()
         self._before = trail.choices
         self._point = point
-        self._event = int(event_id.rpartition(".")[2])
+        self._event = event
         choices = [choice.again(bridge.next_id(), now_s) for choice in trail.choices]
-        super().__init__(app, bridge, exchange, trail.renew(), choices, trail.headers, trail=trail)
+        super().__init__(app, bridge, exchange, trail.renew(), choices, trail.headers, framing, trail)
 
     def _submit(self) -> None:
         trail, point = self._trail, self._point

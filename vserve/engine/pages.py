@@ -112,10 +112,6 @@ class PagePool:
                 del self._cached[block]
                 self._free.append(block)
 
-    def forget_all(self) -> None:
-        """Empty the prefix cache; held blocks stay held."""
-        self.forget(list(self._key_of))
-
     def check(self) -> None:
         """Raise AssertionError unless every invariant of this class holds.  For tests; O(total)."""
         held = {block for block, holders in enumerate(self._holders) if holders}

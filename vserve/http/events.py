@@ -35,11 +35,6 @@ class Headers:
         """As get, for a name that is written in lower case."""
         return self._index.get(name)
 
-    def get_all(self, name: str) -> list[str]:
-        """The value of each line of that name, in order."""
-        name = name.lower()
-        return [value for key, value in self._pairs if key == name]
-
     def __contains__(self, name: str) -> bool:
         return name.lower() in self._index
 

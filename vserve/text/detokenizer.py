@@ -60,13 +60,6 @@ class Detokenizer:
             self._pending = data[used:]
         return self._stripped(text) if self._strip else text
 
-    def push_each(self, ids: Sequence[int]) -> list[str]:
-        """As push, but the text that each id released: their lengths, summed up, are the offsets of the tokens.
-
-        A token that completes a character releases the whole of it; those before released nothing.
-        """
-        return [self.push((id,)) for id in ids]
-
     def flush(self) -> str:
         """The rest of the text once the last id is in: an incomplete character becomes U+FFFD."""
         if self._window is not None:
