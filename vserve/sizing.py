@@ -223,37 +223,52 @@ def weight_bytes(
     taken = sum(math.prod(shape) for shape in expected_shapes(config).values()) * element_bytes
     if quantisation is None:
         return taken
-    for modules, outputs, inputs in _quantised_layers(config):
-        of_expert = _of_expert(config, modules[0])
-        if quantisation.packs(modules, outputs, inputs) and not (of_expert and quantisation.row_bytes):
-            taken += quantisation.layer_bytes(outputs, inputs) - outputs * inputs * element_bytes
-            taken += 0 if of_expert else COUNTERS_BYTES
+    for layer in _quantised_layers(config, experts=not quantisation.row_bytes):
+        if quantisation.packs(layer.modules, layer.outputs, layer.inputs):
+            numbers = layer.outputs * layer.inputs * element_bytes
+            taken += layer.count * (quantisation.layer_bytes(layer.outputs, layer.inputs) - numbers)
+            taken += 0 if layer.of_experts else COUNTERS_BYTES
     return taken
 
 
-def _quantised_layers(config: ModelConfig) -> Iterator[tuple[list[str], int, int]]:
-    """(modules, outputs, inputs) of the layers that a quantised checkpoint keeps packed on a GPU.
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """count matrices of one size that are packed together or not at all: of one linear layer, or of all experts."""
+
+    modules: list[str]
+    count: int
+    outputs: int
+    inputs: int
+    of_experts: bool
+
+
+def _quantised_layers(config: ModelConfig, *, experts: bool) -> Iterator[_Layer]:
+    """The layers that a quantised checkpoint keeps packed on a GPU; experts: whether theirs are among them.
 
     What makes queries, keys and values is one layer, and so are gate and up.
     """
     names = family_of(config.architecture).names
-    stacks = [stack for stack in (names.qkv, names.gate_up, names.expert_gate_up) if len(stack) > 1]
-    modules: list[str] = []
-    rows = 0
+    expert = "." + names.expert.partition("{")[0]
+    found: dict[str, list[tuple[str, int, int]]] = {}
     for module, outputs, inputs, _ in linear_shapes(config, names):
-        in_layer = any(part.isdigit() for part in module.split("."))
-        if not in_layer or (config.experts is not None and module.endswith(names.router)):
+        of_experts = config.experts is not None and expert in module
+        is_plain = config.experts is not None and (module.endswith(names.router) or (of_experts and not experts))
+        if is_plain or not any(part.isdigit() for part in module.split(".")):
             continue
-        modules.append(module)
-        rows += outputs
-        if not any(module.endswith(stack[:-1]) for stack in stacks):
-            yield modules, rows, inputs
-            modules, rows = [], 0
-
-
-def _of_expert(config: ModelConfig, module: str) -> bool:
-    names = family_of(config.architecture).names
-    return config.experts is not None and "." + names.expert.partition("{")[0] in module
+        key = module
+        if of_experts:
+            key = module.partition(expert)[0] + expert + ("down" if module.endswith(names.expert_down) else "up")
+        else:
+            for stack in (names.qkv, names.gate_up):
+                for part in stack:
+                    if module.endswith(f".{part}"):
+                        key = module.removesuffix(part) + stack[0]
+        found.setdefault(key, []).append((module, outputs, inputs))
+    for key, members in found.items():
+        of_experts = config.experts is not None and expert in key
+        count = config.experts.count if config.experts is not None and of_experts else 1
+        rows = sum(outputs for _, outputs, _ in members) // count
+        yield _Layer([module for module, _, _ in members], count, rows, members[0][2], of_experts)
 
 
 def reserve(
