@@ -194,6 +194,7 @@ def _reduce(
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_MOST: tl.constexpr,
     TILE: tl.constexpr,
+    ZEROS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     await_inputs(EARLY)
@@ -206,7 +207,8 @@ def _reduce(
     e = tl.arange(0, BLOCK_WIDTH)
     to = out_ptr + row * out_stride + head * WIDTH + e
     if count == 0:
-        tl.store(to, tl.zeros([BLOCK_WIDTH], out_ptr.dtype.element_ty), mask=e < WIDTH)
+        if ZEROS:
+            tl.store(to, tl.zeros([BLOCK_WIDTH], out_ptr.dtype.element_ty), mask=e < WIDTH)
         return
     j = tl.arange(0, BLOCK_MOST)
     stats = stats_ptr + ((first + j).to(tl.int64) * HEADS + head) * 2
@@ -280,12 +282,14 @@ def decode_attention(
     window: int | None = None,
     softcap: float | None = None,
     scales: Tensor | None = None,
+    zeros: bool = True,
     early: bool = False,
 ) -> Tensor:
     """Attention of q [R, Hq, E], one token a row, over context_lens [R] keys of block_tables [R, M] -> [R, Hq, E].
 
     plan: from plan_tasks of the same context_lens and window; made here when absent.  out: written in place of a new
-    tensor.  Each row of q and out is contiguous, rows may be any distance apart.
+    tensor.  zeros: rows of length 0 get zeros; else their outputs are left alone.  Each row of q and out is contiguous,
+    rows may be any distance apart.
     scales [num_blocks, Hk, block_size, 2] bf16: of caches of e4m3, and of no other.
     """
     rows, heads, width = q.shape
@@ -360,6 +364,7 @@ def decode_attention(
         block_width,
         most,
         8,
+        zeros,
         early,
         **options(1, early),
     )

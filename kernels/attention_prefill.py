@@ -75,22 +75,17 @@ def _step(
 ):
     n = start + tl.arange(0, BLOCK_N)
     e = tl.arange(0, BLOCK_WIDTH)
+    read = n
     if MASKED:
-        inside = n < end
+        # A slot that no row sees may hold NaN, and 0 * NaN is NaN: the nearest that one sees is read in its place.
+        read = tl.minimum(n, end - 1)
         if WINDOW > 0:
-            inside &= n >= lowest
-        block = tl.load(table + n // BLOCK_SIZE, mask=inside, other=0)
-    else:
-        block = tl.load(table + n // BLOCK_SIZE)
+            read = tl.maximum(read, lowest)
+    block = tl.load(table + read // BLOCK_SIZE)
     # int64: block * stride passes 2**31 on a cache over 4 GiB
-    place = block.to(tl.int64) * block_stride + (n % BLOCK_SIZE) * slot_stride
+    place = block.to(tl.int64) * block_stride + (read % BLOCK_SIZE) * slot_stride
     at = place[:, None] + column[None, :]
-    if MASKED:
-        # Slots past the end may hold NaN, and 0 * NaN is NaN: keys and values both need the mask.
-        mask = inside[:, None] & (e < WIDTH)[None, :]
-        keys = tl.load(key_ptr + at, mask=mask, other=0.0)
-        values = tl.load(value_ptr + at, mask=mask, other=0.0)
-    elif WIDTH == BLOCK_WIDTH:
+    if WIDTH == BLOCK_WIDTH:
         keys = tl.load(key_ptr + at)
         values = tl.load(value_ptr + at)
     else:
@@ -98,8 +93,7 @@ def _step(
         values = tl.load(value_ptr + at, mask=(e < WIDTH)[None, :], other=0.0)
     scores = tl.dot(q, tl.trans(keys.to(q.dtype)), input_precision="ieee")
     if SCALED:
-        word = scales_ptr + block.to(tl.int64) * (tl.num_programs(0) * BLOCK_SIZE) + n % BLOCK_SIZE
-        scale_words = tl.load(word, mask=inside, other=0) if MASKED else tl.load(word)
+        scale_words = tl.load(scales_ptr + block.to(tl.int64) * (tl.num_programs(0) * BLOCK_SIZE) + read % BLOCK_SIZE)
         scores *= key_scale(scale_words)[None, :]
     if CAPPED:
         scores = capped(scores * scale, cap) / scale
@@ -137,6 +131,7 @@ def _prefill(
     slot_stride,
     table_stride,
     num_rows,  # R
+    BLOCK_ROWS: tl.constexpr,
     GROUP: tl.constexpr,  # G
     TOKENS: tl.constexpr,  # BLOCK_M // G
     WIDTH: tl.constexpr,  # E
@@ -154,15 +149,11 @@ def _prefill(
     kv_head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     origin = tl.load(starts_ptr)
-    # Sequence r may use tiles from (its start // TOKENS + r): the last r whose first tile is not past this one.
-    low = tl.zeros([], tl.int32)
-    high = tl.zeros([], tl.int32) + num_rows
-    while high - low > 1:
-        middle = (low + high) // 2
-        if (tl.load(starts_ptr + middle) - origin) // TOKENS + middle <= tile:
-            low = middle
-        else:
-            high = middle
+    # Sequence r may use tiles from (its start // TOKENS + r): the last r whose first tile is not past this one.  Found
+    # in one read of all: a search by halves would wait for memory at every step.
+    r = tl.arange(0, BLOCK_ROWS)
+    first_tile = (tl.load(starts_ptr + r, mask=r < num_rows, other=0) - origin) // TOKENS + r
+    low = tl.sum(((first_tile <= tile) & (r < num_rows)).to(tl.int32), axis=0) - 1
     start = tl.load(starts_ptr + low)
     length = tl.load(starts_ptr + low + 1) - start
     offset = (tile - ((start - origin) // TOKENS + low)) * TOKENS
@@ -282,6 +273,7 @@ def prefill_attention(
         key_cache.stride(1),
         block_tables.stride(0),
         rows,
+        triton.next_power_of_2(rows),
         group,
         per_tile,
         width,
@@ -311,5 +303,5 @@ def tile(tokens: int, heads: int, width: int, element_size: int, cache_size: int
     if width > 128:
         return Tile(64, 32, 4, 2)
     if width > 64:
-        return Tile(128, 64, 4, 3) if tokens * heads >= LARGE else Tile(64, 64, 4, 3)
+        return Tile(128, 64, 4, 3) if tokens * heads >= LARGE else Tile(64, 64, 4, 2)
     return Tile(64, 64, 4, 2)

@@ -6,7 +6,9 @@ Signatures are those of reference.py.  Knows which kernel serves which shape; ea
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -14,12 +16,14 @@ from vserve.kernels import activation as _activation
 from vserve.kernels import dispatch, early, norm, rope
 from vserve.kernels.attention_decode import DecodePlan, decode_attention, plan_tasks
 from vserve.kernels.attention_prefill import prefill_attention
-from vserve.kernels.gemv import gated_gemv, gemv, on_vectors
+from vserve.kernels.gemv import Normed, gated_gemv, gemv, gemv_then_norm
+from vserve.kernels.gemv_shapes import on_vectors
 from vserve.kernels.rope import split_qkv
 from vserve.kernels.sampling import bias_and_ban, count_tokens, penalise, sample, token_logprobs
 
 __all__ = [
     "DecodePlan",
+    "Normed",
     "StepPlan",
     "activate",
     "add_layer_norm",
@@ -32,6 +36,7 @@ __all__ = [
     "gemv",
     "layer_norm",
     "linear",
+    "linear_then_norm",
     "norm_gated_linear",
     "norm_linear",
     "paged_attention",
@@ -47,9 +52,8 @@ __all__ = [
     "token_logprobs",
 ]
 
-EARLY_ROWS = 1
-"""Kernels of more rows are not launched early.  On an H100 it takes 8 % off an 8B step of one row and 5 % off a 1B one,
-and adds 2 to 13 % at 2 to 32 rows: programs that wait take the room of those that read."""
+EARLY_ROWS = 32
+"""Kernels of more rows are not launched early: most of their time is cuBLAS's, which lets none in before its end."""
 
 
 @dataclass(slots=True, eq=False)
@@ -144,12 +148,34 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of q [T, Hq, E] over the pages of each token's own sequence -> [T, Hq * E].
 
+    Where a step has decodes and prompts, the prompts' kernel runs on a stream beside the decodes': one multiplies while
+    the other reads.  It joins before this returns.
     window: a token sees so many, itself included.  softcap: scores become softcap * tanh(score / softcap).
     """
     assert isinstance(plan, StepPlan)
     keys, values = pairs[:, :, 0], pairs[:, :, 1]
     starts, lens, tables, decodes = plan.query_starts, plan.context_lens, plan.block_tables, plan.decodes
     out = q.new_empty(q.shape)
+    here = beside = None
+    if q.is_cuda and 0 < decodes < len(lens) and not _early(q):
+        here, beside = torch.cuda.current_stream(q.device), _side_stream(q.device)
+        beside.wait_stream(here)
+    if decodes < len(lens):
+        with torch.cuda.stream(beside):
+            prefill_attention(
+                q,
+                keys,
+                values,
+                starts[decodes:],
+                lens[decodes:],
+                tables[decodes:],
+                scale,
+                out,
+                window=window,
+                softcap=softcap,
+                scales=scales,
+                early=_early(q),
+            )
     if decodes:
         tasks = plan.tasks.get(window)
         if tasks is None:
@@ -168,24 +194,18 @@ def paged_attention(
             window=window,
             softcap=softcap,
             scales=scales,
+            # Of a mixed step the rows behind the last decode are the first prompt's.
+            zeros=decodes == len(lens),
             early=_early(q),
         )
-    if decodes < len(lens):
-        prefill_attention(
-            q,
-            keys,
-            values,
-            starts[decodes:],
-            lens[decodes:],
-            tables[decodes:],
-            scale,
-            out,
-            window=window,
-            softcap=softcap,
-            scales=scales,
-            early=_early(q),
-        )
+    if here is not None and beside is not None:
+        here.wait_stream(beside)
     return out.view(q.shape[0], -1)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -196,8 +216,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     return y if residual is None else y.add_(residual)
 
 
-def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear_then_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, following: Tensor
+) -> tuple[Tensor, Tensor | Normed]:
+    """linear(x, weight, bias, residual) [M, N], and what norm_linear and norm_gated_linear of following [L, N] take.
+
+    That is the sum itself where its norm is a kernel of its own, or part of what reads following.
+    """
+    rows = x.shape[0]
+    if x.dtype != torch.float16 and _on_matrix_units(rows, weight) and _on_matrix_units(rows, following):
+        return gemv_then_norm(x, weight, norm_weight, bias=bias, residual=residual, early=_early(x))
+    y = linear(x, weight, bias, residual)
+    return y, y
+
+
+def norm_linear(
+    x: Tensor | Normed, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
     """linear(rms_norm(x [M, K], norm_weight [K], eps), weight [N, K], bias [N]) -> [M, N]."""
+    if isinstance(x, Normed):
+        return gemv(x, weight, eps=eps, bias=bias, early=_early(x.x))
     shape = (x.shape[0], weight.shape[0], weight.shape[1])
     if on_vectors(*shape) and dispatch.use_gemv(*shape, x.device):
         return gemv(x, weight, norm=norm_weight, eps=eps, bias=bias, early=_early(x))
@@ -205,14 +243,21 @@ def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias
     return linear(rms_norm(x, norm_weight, eps), weight, bias)
 
 
-def norm_gated_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor:
+def norm_gated_linear(x: Tensor | Normed, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor:
     """silu_mul(linear(rms_norm(x [M, K], norm_weight [K], eps), weight [2F, K])) -> [M, F]."""
+    if isinstance(x, Normed):
+        return gated_gemv(x, weight, eps=eps, early=_early(x.x))
     shape = (x.shape[0], weight.shape[0], weight.shape[1])
     if dispatch.use_gemv(*shape, x.device):
         if on_vectors(*shape):
             return gated_gemv(x, weight, norm=norm_weight, eps=eps, early=_early(x))
         return gated_gemv(rms_norm(x, norm_weight, eps), weight, early=_early(x))
     return silu_mul(functional.linear(rms_norm(x, norm_weight, eps), weight))
+
+
+def _on_matrix_units(rows: int, weight: Tensor) -> bool:
+    shape = (rows, weight.shape[0], weight.shape[1])
+    return dispatch.use_gemv(*shape, weight.device) and not on_vectors(*shape)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,7 +1,8 @@
 """Which linear layers run in gemv.py and which in cuBLAS: up to how many rows, by card and shape.
 
-Measured on the card named; ``bench/kernels.py --only dispatch`` measures another.  A shape takes the row of the
-nearest measured weight.
+Measured on the card named; ``bench/kernels.py --only dispatch`` measures another.  What a kernel that is launched early
+leaves to the next shows in whole steps only: the rows of 32 are from those.  A shape takes the row of the nearest
+measured weight.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ _SAFE_ROWS = 1
 
 _MEASURED: dict[str, dict[tuple[int, int], int]] = {
     "NVIDIA H100 80GB HBM3": {
-        (6144, 4096): 16,
-        (4096, 4096): 16,
+        (6144, 4096): 32,
+        (4096, 4096): 32,
         (28672, 4096): 64,
         (4096, 14336): 64,
         (128256, 4096): 64,
-        (3072, 2048): 2,
-        (2048, 2048): 16,
+        (3072, 2048): 32,
+        (2048, 2048): 32,
         (16384, 2048): 64,
         (2048, 8192): 64,
         (128256, 2048): 64,
@@ -32,7 +33,7 @@ _MEASURED: dict[str, dict[tuple[int, int], int]] = {
         (49152, 576): 16,
     },
 }
-"""device name -> (N, K) of the weight -> the most rows M for which gemv.py was not slower (most measured: 16)."""
+"""device name -> (N, K) of the weight -> the most rows M for which gemv.py was not slower."""
 
 
 @cache

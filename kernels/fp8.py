@@ -1,6 +1,6 @@
 """Products of many rows in fp8: activations become e4m3 row by row, and the matrix units multiply e4m3 by e4m3.
 
-    scale[m] = max over k of |v[m, k]| / 448, or one given for all rows;  q[m, k] = e4m3(v[m, k] / scale[m])
+    scale[m] = max over k of |v[m, k]| / 448, or one given for all rows (static);  q[m, k] = e4m3(v[m, k] / scale[m])
     v = x;  rms_norm(x, norm) ;  or silu(x[:, :F]) * x[:, F:]
     y[m, n] = scale[m] * w_scale[n] * sum over k of q[m, k] * w[n, k]  (+ bias[n]) (+ residual[m, n])
 

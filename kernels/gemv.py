@@ -5,7 +5,8 @@
     gated: y[m, f] = silu(y'[m, f]) * y'[m, F + f],  y' the above over weight [2F, K]
 
 x [M, K], 1 <= M <= MAX_ROWS; weight [N, K] contiguous; y [M, N] (gated: [M, F]); bf16, fp16 or fp32, accumulated in
-float32.  The RMS norm costs no pass of its own: its scale leaves the sum, and the squares are added beside the product.
+float32.  The RMS norm costs no pass of its own: its scale leaves the sum, and the squares are added beside the product,
+or, where the matrix units multiply, by the product that made x (``gemv_then_norm``), with the norm's weights.
 
 At these sizes the time is that of reading the weights.  One row of x (two, of a small weight): a program takes a weight
 row or two, products in plain registers.  More: the rows of x are padded to 16, 32 or 64 and go through the matrix
@@ -26,22 +27,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vserve.kernels.early import await_inputs, options
+from vserve.kernels.gemv_shapes import Shape, matrix_shape, on_vectors, padded, vector_shape
 
 MAX_ROWS = 64
-SMALL = 1 << 24
-"""Numbers of a weight up to which two rows of x are better off without the matrix units."""
-
-WIDE = 1 << 14
-"""Outputs from which a program takes many: fewer would not keep the chip busy."""
-
-
-class Shape(NamedTuple):
-    """What one program reads at a time: rows x width of the weights; warps and pipeline stages."""
-
-    rows: int
-    width: int
-    warps: int
-    stages: int
 
 
 @triton.jit
@@ -157,26 +145,42 @@ def _weights(row_ptr, k, K: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _rows(x_ptr, x_stride, m, k, num_rows, K: tl.constexpr):
+    # -> [BLOCK_M, BLOCK_K], zeros past the last row
+    mask = (m < num_rows)[:, None] & (k < K)[None, :]
+    return tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def _matrix(
     x_ptr,  # [M, K], rows x_stride apart
     weight_ptr,  # [N, K], gated [2 F, K]
     norm_ptr,  # [K]
+    parts_ptr,  # [M, P] float32, read with HAS_PARTS
     bias_ptr,  # [N] or [2 F]
     residual_ptr,  # [M, N] contiguous
     y_ptr,  # [M, N] or [M, F] contiguous
+    next_norm_ptr,  # [N], read with FOLLOWED
+    next_ptr,  # [M, N] contiguous, written with FOLLOWED
+    next_parts_ptr,  # [M, programs] float32, written with FOLLOWED
     num_rows,  # M
     num_out,  # N, gated F
+    num_parts,  # P
     x_stride,
     eps,
     K: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    HAS_PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    FOLLOWED: tl.constexpr,
     GATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,  # 0 with HAS_NORM
     EARLY: tl.constexpr,
 ):
     m = tl.arange(0, BLOCK_M)
@@ -185,14 +189,27 @@ def _matrix(
     row = tl.minimum(n, num_out - 1).to(tl.int64)[:, None] * K
     other = row + num_out.to(tl.int64) * K
     EVEN: tl.constexpr = K % BLOCK_K == 0
+    # Kept in registers until the end, so that the loop's first loads follow the wait at once.
+    w_ahead = ()
+    v_ahead = ()
+    for i in tl.static_range(AHEAD):
+        w_ahead = w_ahead + (_weights(weight_ptr + row, i * BLOCK_K + k, K, EVEN),)
+        if GATED:
+            v_ahead = v_ahead + (_weights(weight_ptr + other, i * BLOCK_K + k, K, EVEN),)
     await_inputs(EARLY)
+    x_ahead = ()
+    for i in tl.static_range(AHEAD):
+        x_ahead = x_ahead + (_rows(x_ptr, x_stride, m, i * BLOCK_K + k, num_rows, K),)
     first = tl.zeros([BLOCK_M, ROWS], tl.float32)
     second = tl.zeros([BLOCK_M, ROWS], tl.float32)
     squares = tl.zeros([BLOCK_M], tl.float32)
-    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+    if HAS_PARTS:
+        p = tl.arange(0, BLOCK_PARTS)
+        mask = (m < num_rows)[:, None] & (p < num_parts)[None, :]
+        squares = tl.sum(tl.load(parts_ptr + m[:, None] * num_parts + p[None, :], mask=mask, other=0.0), axis=1)
+    for start in tl.range(AHEAD * BLOCK_K, K, BLOCK_K, num_stages=STAGES):
         at = start + k
-        mask = (m < num_rows)[:, None] & (at < K)[None, :]
-        x = tl.load(x_ptr + m[:, None] * x_stride + at[None, :], mask=mask, other=0.0)
+        x = _rows(x_ptr, x_stride, m, at, num_rows, K)
         if HAS_NORM:
             wide = x.to(tl.float32)
             squares += tl.sum(wide * wide, axis=1)
@@ -203,16 +220,20 @@ def _matrix(
         if GATED:
             v = _weights(weight_ptr + other, at, K, EVEN)
             second = tl.dot(x, tl.trans(v), second, input_precision="ieee")
+    for i in tl.static_range(AHEAD):
+        first = tl.dot(x_ahead[i], tl.trans(w_ahead[i]), first, input_precision="ieee")
+        if GATED:
+            second = tl.dot(x_ahead[i], tl.trans(v_ahead[i]), second, input_precision="ieee")
     scale = tl.rsqrt(squares / K + eps)[:, None]
     valid = (m < num_rows)[:, None] & (n < num_out)[None, :]
     y = first
-    if HAS_NORM:
+    if HAS_NORM or HAS_PARTS:
         y *= scale
     if HAS_BIAS:
         y += tl.load(bias_ptr + n, mask=n < num_out, other=0.0).to(tl.float32)[None, :]
     if GATED:
         up = second
-        if HAS_NORM:
+        if HAS_NORM or HAS_PARTS:
             up *= scale
         if HAS_BIAS:
             up += tl.load(bias_ptr + num_out + n, mask=n < num_out, other=0.0).to(tl.float32)[None, :]
@@ -220,11 +241,29 @@ def _matrix(
     to = m.to(tl.int64)[:, None] * num_out + n[None, :]
     if HAS_RESIDUAL:
         y += tl.load(residual_ptr + to, mask=valid, other=0.0).to(tl.float32)
-    tl.store(y_ptr + to, y.to(y_ptr.dtype.element_ty), mask=valid)
+    stored = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + to, stored, mask=valid)
+    if FOLLOWED:
+        # The norm is of the sum as it is stored: later layers must see the same numbers.
+        wide = tl.where(valid, stored.to(tl.float32), 0.0)
+        norm = tl.load(next_norm_ptr + n, mask=n < num_out, other=0.0).to(tl.float32)
+        tl.store(next_ptr + to, (wide * norm[None, :]).to(next_ptr.dtype.element_ty), mask=valid)
+        place = next_parts_ptr + m * tl.num_programs(0) + tl.program_id(0)
+        tl.store(place, tl.sum(wide * wide, axis=1), mask=m < num_rows)
+
+
+class Normed(NamedTuple):
+    """rms_norm(y) but for its scale, a number for each row: the next product applies that to its sums.
+
+    x [M, K]: y times the norm's weights.  parts [M, P] float32: they add up to the sum of a row's squares of y.
+    """
+
+    x: Tensor
+    parts: Tensor
 
 
 def gemv(
-    x: Tensor,
+    x: Tensor | Normed,
     weight: Tensor,
     *,
     norm: Tensor | None = None,
@@ -236,13 +275,35 @@ def gemv(
 ) -> Tensor:
     """x [M, K] times weight [N, K], with what is given of norm [K], bias [N], residual [M, N] -> a new [M, N].
 
-    1 <= M <= MAX_ROWS.  shape overrides the measured choice.
+    1 <= M <= MAX_ROWS.  x may be what ``gemv_then_norm`` made, for M that is not on_vectors; eps is its norm's then.
+    shape overrides the measured choice.
     """
-    return _launch(x, weight, norm, eps, bias, residual, gated=False, early=early, shape=shape)
+    return _launch(x, weight, norm, eps, bias, residual, None, gated=False, early=early, shape=shape)[0]
+
+
+def gemv_then_norm(
+    x: Tensor | Normed,
+    weight: Tensor,
+    next_norm: Tensor,
+    *,
+    eps: float = 0.0,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    early: bool = False,
+    shape: Shape | None = None,
+) -> tuple[Tensor, Normed]:
+    """gemv's [M, N] and, for the product behind the norm of weight next_norm [N], what spares it that norm.
+
+    For M that is not on_vectors.  Its x is not scaled yet: float16, whose range is short, may overflow where a norm's
+    result would not.
+    """
+    y, normed = _launch(x, weight, None, eps, bias, residual, next_norm, gated=False, early=early, shape=shape)
+    assert normed is not None
+    return y, normed
 
 
 def gated_gemv(
-    x: Tensor,
+    x: Tensor | Normed,
     weight: Tensor,
     *,
     norm: Tensor | None = None,
@@ -252,21 +313,23 @@ def gated_gemv(
     shape: Shape | None = None,
 ) -> Tensor:
     """silu(gate) * up -> a new [M, F], for gate and up stacked in weight [2F, K]; the rest as in gemv."""
-    return _launch(x, weight, norm, eps, bias, None, gated=True, early=early, shape=shape)
+    return _launch(x, weight, norm, eps, bias, None, None, gated=True, early=early, shape=shape)[0]
 
 
 def _launch(
-    x: Tensor,
+    given: Tensor | Normed,
     weight: Tensor,
     norm: Tensor | None,
     eps: float,
     bias: Tensor | None,
     residual: Tensor | None,
+    next_norm: Tensor | None,
     *,
     gated: bool,
     early: bool,
     shape: Shape | None,
-) -> Tensor:
+) -> tuple[Tensor, Normed | None]:
+    x, parts = given if isinstance(given, Normed) else (given, None)
     rows, width = x.shape
     assert 1 <= rows <= MAX_ROWS
     assert x.stride(1) == 1
@@ -278,42 +341,32 @@ def _launch(
     vector = on_vectors(rows, weight.shape[0], width)
     if shape is None:
         shape = _shape(rows, weight, gated=gated, vector=vector)
-    flags = (norm is not None, bias is not None, residual is not None, gated)
-    norm = x if norm is None else norm
+    programs = triton.cdiv(num_out, shape.rows)
+    tail = (bias is not None, residual is not None)
     bias = x if bias is None else bias
     residual = x if residual is None else residual
-    grid = (triton.cdiv(num_out, shape.rows),)
     if vector:
-        _vector[grid](
-            x, weight, norm, bias, residual, y, num_out, x.stride(0), eps, rows, width, *flags, shape.rows, shape.width,
-            early, **options(shape.warps, early),
+        assert parts is None
+        assert next_norm is None
+        _vector[(programs,)](
+            x, weight, x if norm is None else norm, bias, residual, y, num_out, x.stride(0), eps, rows, width,
+            norm is not None, *tail, gated, shape.rows, shape.width, early, **options(shape.warps, early),
         )  # fmt: skip
-    else:
-        _matrix[grid](
-            x, weight, norm, bias, residual, y, rows, num_out, x.stride(0), eps, width, *flags,
-            padded(rows), shape.rows, shape.width, shape.stages, early,
-            **options(shape.warps, early),
-        )  # fmt: skip
-    return y
-
-
-def on_vectors(rows: int, num_out: int, width: int) -> bool:
-    """True where plain products beat the matrix units, for x [rows, K] and weight [N, K]: there a norm is free too."""
-    return rows == 1 or (rows == 2 and num_out * width <= SMALL)
-
-
-def vector_shape(rows: int, num_out: int, width: int) -> Shape:
-    """The shape of the work on vectors for weight [N, K], as measured on an H100."""
-    if rows == 2:
-        return Shape(2 if num_out * width < SMALL else 1, min(1024, triton.next_power_of_2(width)), 4, 1)
-    if width <= 1024:
-        return Shape(2, 128, 1, 1) if num_out > 16384 else Shape(2, triton.next_power_of_2(width), 4, 1)
-    return Shape(1, 1024, 4, 1)
-
-
-def padded(rows: int) -> int:
-    """Rows of x as the matrix units take them."""
-    return 16 if rows <= 16 else 32 if rows <= 32 else 64
+        return y, None
+    normed = None
+    if next_norm is not None:
+        made = torch.empty((rows, programs), dtype=torch.float32, device=x.device)
+        normed = Normed(torch.empty_like(y), made)
+    num_parts = 1 if parts is None else parts.shape[1]
+    ahead = 0 if norm is not None else min(shape.ahead, width // shape.width)
+    _matrix[(programs,)](
+        x, weight, x if norm is None else norm, x if parts is None else parts, bias, residual, y,
+        x if next_norm is None else next_norm, *((y, y) if normed is None else normed), rows, num_out, num_parts,
+        x.stride(0), eps, width, norm is not None, parts is not None, *tail, next_norm is not None, gated,
+        padded(rows), triton.next_power_of_2(num_parts), shape.rows, shape.width, shape.stages, ahead, early,
+        **options(shape.warps, early),
+    )  # fmt: skip
+    return y, normed
 
 
 def _shape(rows: int, weight: Tensor, *, gated: bool, vector: bool) -> Shape:
@@ -323,17 +376,4 @@ def _shape(rows: int, weight: Tensor, *, gated: bool, vector: bool) -> Shape:
     if rows > 16 and weight.element_size() > 2:
         return Shape(16, 128, 4, 2)  # the others would not fit a multiprocessor's memory
     shape = matrix_shape(rows, num_out, width, gated=gated)
-    if gated and weight.element_size() > 2:
-        return shape._replace(stages=min(shape.stages, 3))  # for the same reason
-    return shape
-
-
-def matrix_shape(rows: int, num_out: int, width: int, *, gated: bool) -> Shape:
-    """The shape of the work on the matrix units for x [M, K] and a weight [N, K], as measured on an H100."""
-    if width <= 1024:
-        return Shape(16, 128, 1, 6)
-    if rows <= 16:
-        return Shape(16, 256, 2, 4) if width < 2048 else Shape(32, 256, 4, 4)
-    if num_out >= WIDE:
-        return Shape(128, 128, 4, 4) if num_out >= 4 * WIDE and not gated else Shape(64, 128, 4, 4)
-    return Shape(32 if num_out > 2048 else 16, 256, 4, 4 if rows <= 32 else 3)
+    return shape._replace(width=shape.width // 2) if weight.element_size() > 2 else shape  # for the same reason

@@ -7,15 +7,15 @@ them.  Pure: knows configurations and the limits of steps, no tensor, no file an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 from vserve.engine.limits import MAX_SCORED_TOKENS
 from vserve.engine.shapes import MAX_GRAPH_TOKENS, MIXED_CHUNKS
 from vserve.errors import StartupError
 from vserve.model.config import ModelConfig
-from vserve.model.families import family_of
+from vserve.model.families import family_of, gguf_of
 from vserve.model.gguf import TensorInfo
 from vserve.model.kinds import Kind
 from vserve.model.memory import CachePlan, gib, step_bytes
@@ -45,7 +45,8 @@ class Quantisation:
     """How the linear layers' weights lie on a GPU: bits each; per group of `group` inputs a scale and a zero point.
 
     group None: one scale an output.  is_float: e4m3 numbers, whose products with many rows take them as they are;
-    integers are written out for those.  row_bytes: for each input of a layer besides (an order of groups).
+    integers are written out for those.  row_bytes: for each input of a layer besides (an order of groups).  found: the
+    checkpoint's own settings, which may leave modules plain.  centre: the integer that is 0, where all have the same.
     """
 
     name: str
@@ -54,22 +55,26 @@ class Quantisation:
     zero_bits: int = 0
     row_bytes: int = 0
     is_float: bool = False
+    found: Quantization | None = None
+    centre: int | None = None
 
     @classmethod
     def of(cls, found: Quantization) -> Quantisation:
         """That of a checkpoint, as model/gpu_linear.py packs it."""
         if found.method is Method.FP8:
-            return cls("fp8", 8, is_float=True)
+            return cls("fp8", 8, is_float=True, found=found)
         zero_bits = 0 if found.symmetric else 16
-        return cls(found.method.value, found.bits, found.group, zero_bits, 8 if found.ordered else 0)
+        return cls(found.method.value, found.bits, found.group, zero_bits, 8 if found.ordered else 0, found=found)
 
     @property
     def written_rows(self) -> int | None:
         """Rows above which a product writes the integers out; None: never."""
         return None if self.is_float else WRITTEN_ROWS[self.bits]
 
-    def fits(self, outputs: int, inputs: int) -> bool:
-        """Whether a layer of this size can be packed; else it is plain."""
+    def packs(self, modules: Sequence[str], outputs: int, inputs: int) -> bool:
+        """Whether the layer of these modules, stacked to this size, is packed; else it is plain."""
+        if self.found is not None and any(self.found.skips(module) for module in modules):
+            return False
         return inputs % 32 == 0 and not (self.is_float and outputs % 16)
 
     def layer_bytes(self, outputs: int, inputs: int) -> int:
@@ -96,7 +101,7 @@ class GgufTensors:
         return min((WRITTEN_ROWS[form.bits] for form in self.packed().values()), default=None)
 
     def packed(self) -> dict[str, Quantisation]:
-        """How each matrix that stays packed lies on a GPU."""
+        """How each matrix that may stay packed lies on a GPU, alone."""
         return {
             name: BLOCKS[info.kind]
             for name, info in self.tensors.items()
@@ -104,30 +109,57 @@ class GgufTensors:
         }
 
     def weight_bytes(self, config: ModelConfig, element_bytes: int) -> int:
-        packed, taken = self.packed(), 0
-        for name, info in self.tensors.items():
+        packed, taken, counters = self.packed(), 0, 0
+        for names in self._layers(config):
+            infos = [self.tensors[name] for name in names]
+            forms = [packed[name] for name in names if name in packed]
+            if len(forms) < len(names):
+                taken += sum(math.prod(info.shape) for info in infos) * element_bytes
+                continue
+            joined = _joined(forms)
+            for info, form in zip(infos, forms, strict=True):
+                outputs, inputs = info.shape
+                taken += (joined or form).layer_bytes(outputs, inputs)
+            counters += 1 if joined is not None else len(forms)
+        return taken + counters * COUNTERS_BYTES
+
+    def _layers(self, config: ModelConfig) -> Iterator[list[str]]:
+        """The names of all tensors that a GPU holds, those that make one layer together."""
+        names, form = family_of(config.architecture).names, gguf_of(config.architecture)
+        kinds = {module: kind for kind, module in form.tensors.items()}
+        stacks = [[kinds[module] for module in stack if module in kinds] for stack in (names.qkv, names.gate_up)]
+        beside = {kind: stack for stack in stacks if len(stack) > 1 for kind in stack}
+        for name in self.tensors:
             if name == "rope_freqs.weight" or (name == HEAD and config.tie_embeddings):
                 continue
-            if name in packed:
-                outputs, inputs = info.shape
-                taken += packed[name].layer_bytes(outputs, inputs)
-            else:
-                taken += math.prod(info.shape) * element_bytes
-        return taken + (_counter_bytes(config) if packed else 0)
+            prefix, _, kind = name.removesuffix(".weight").rpartition(".")
+            stack = beside.get(kind, [kind]) if name.endswith(".weight") else []
+            together = [other for other in (f"{prefix}.{part}.weight" for part in stack) if other in self.tensors]
+            if not together or name == together[0]:
+                yield together or [name]
+
+
+def _joined(forms: Sequence[Quantisation]) -> Quantisation | None:
+    """How matrices lie that are packed as one (gpu_linear.blocks_linear); None: each is packed alone."""
+    if len({form.group for form in forms}) > 1:
+        return None
+    # Integers around the same middle need no minimum, and bytes hold what four bits hold.
+    kept = all(form.centre is not None and form.centre == forms[0].centre for form in forms)
+    return replace(forms[0], bits=max(form.bits for form in forms), zero_bits=0 if kept else 16)
 
 
 EMBEDDING: Final = "token_embd.weight"
 HEAD: Final = "output.weight"
 """GGUF names of tables: an embedding is plain on a GPU, a head of its own is packed as it is stored."""
 BLOCKS: Final[Mapping[Kind, Quantisation]] = {
-    Kind.Q4_0: Quantisation("Q4_0", 4, 32),
+    Kind.Q4_0: Quantisation("Q4_0", 4, 32, centre=8),
     Kind.Q4_1: Quantisation("Q4_1", 4, 32, zero_bits=16),
-    Kind.Q5_0: Quantisation("Q5_0", 8, 32),
+    Kind.Q5_0: Quantisation("Q5_0", 8, 32, centre=16),
     Kind.Q5_1: Quantisation("Q5_1", 8, 32, zero_bits=16),
-    Kind.Q8_0: Quantisation("Q8_0", 8, 32),
+    Kind.Q8_0: Quantisation("Q8_0", 8, 32, centre=128),
     Kind.Q4_K: Quantisation("Q4_K", 4, 32, zero_bits=16),
     Kind.Q5_K: Quantisation("Q5_K", 8, 32, zero_bits=16),
-    Kind.Q6_K: Quantisation("Q6_K", 8, 16),
+    Kind.Q6_K: Quantisation("Q6_K", 8, 16, centre=32),
 }
 """How GGUF blocks lie on a GPU: their integers in 4 or 8 bits, scales and minima in float16."""
 COUNTERS_BYTES: Final = 4 << 13
@@ -191,29 +223,37 @@ def weight_bytes(
     taken = sum(math.prod(shape) for shape in expected_shapes(config).values()) * element_bytes
     if quantisation is None:
         return taken
-    for outputs, inputs in _quantised_shapes(config, experts=not quantisation.row_bytes):
-        if quantisation.fits(outputs, inputs):
+    for modules, outputs, inputs in _quantised_layers(config):
+        of_expert = _of_expert(config, modules[0])
+        if quantisation.packs(modules, outputs, inputs) and not (of_expert and quantisation.row_bytes):
             taken += quantisation.layer_bytes(outputs, inputs) - outputs * inputs * element_bytes
-    return taken + _counter_bytes(config)
+            taken += 0 if of_expert else COUNTERS_BYTES
+    return taken
 
 
-def _quantised_shapes(config: ModelConfig, *, experts: bool) -> Iterator[tuple[int, int]]:
-    """(outputs, inputs) of every matrix of the layers that a quantised checkpoint keeps packed on a GPU.
+def _quantised_layers(config: ModelConfig) -> Iterator[tuple[list[str], int, int]]:
+    """(modules, outputs, inputs) of the layers that a quantised checkpoint keeps packed on a GPU.
 
-    experts: whether those of experts are among them.
+    What makes queries, keys and values is one layer, and so are gate and up.
     """
     names = family_of(config.architecture).names
-    expert = "." + names.expert.partition("{")[0]
+    stacks = [stack for stack in (names.qkv, names.gate_up, names.expert_gate_up) if len(stack) > 1]
+    modules: list[str] = []
+    rows = 0
     for module, outputs, inputs, _ in linear_shapes(config, names):
         in_layer = any(part.isdigit() for part in module.split("."))
-        is_plain = config.experts is not None and (module.endswith(names.router) or (expert in module and not experts))
-        if in_layer and not is_plain:
-            yield outputs, inputs
+        if not in_layer or (config.experts is not None and module.endswith(names.router)):
+            continue
+        modules.append(module)
+        rows += outputs
+        if not any(module.endswith(stack[:-1]) for stack in stacks):
+            yield modules, rows, inputs
+            modules, rows = [], 0
 
 
-def _counter_bytes(config: ModelConfig) -> int:
-    """Four packed matrices a layer: what makes queries, keys and values is one, and so are gate and up."""
-    return config.num_layers * (4 if config.experts is None else 2) * COUNTERS_BYTES
+def _of_expert(config: ModelConfig, module: str) -> bool:
+    names = family_of(config.architecture).names
+    return config.experts is not None and "." + names.expert.partition("{")[0] in module
 
 
 def reserve(

@@ -100,6 +100,10 @@ def main() -> None:
         gemv.gemv(some(m, 2048), some(4096, 2048), norm=some(2048), residual=some(m, 4096), early=True)
         gemv.gated_gemv(some(m, 576), some(4096, 576), norm=some(576), bias=some(4096))
         gemv.gated_gemv(some(m, 2048), some(4096, 2048), early=True)
+    for m in (8, 32):
+        _, normed = gemv.gemv_then_norm(some(m, 2048), some(4096, 2048), some(4096), residual=some(m, 4096), early=True)
+        gemv.gemv(normed, some(6144, 4096), early=True)
+        gemv.gated_gemv(normed, some(8192, 4096), early=True)
     norm.add_rms_norm(some(rows, 576), some(rows, 576), some(576), 1e-5, early=True)
     norm.add_layer_norm(some(rows, 576), some(rows, 576), some(576), some(576), 1e-5, early=True)
     silu_mul(some(rows, 2048), early=True)

@@ -10,6 +10,8 @@ from fakes_gpu import Engine, Parts, config, cuda_runner, masked_requests, plain
 
 from vserve.engine.request import FinishReason, GenRequest, RequestFault, RequestId, SamplingParams
 from vserve.errors import BadRequest
+from vserve.kernels import dispatch
+from vserve.kernels.gemv import MAX_ROWS
 
 GREEDY = SamplingParams(temperature=0.0)
 SIZES = {"max_num_seqs": 4, "max_num_batched_tokens": 32}
@@ -47,6 +49,17 @@ def test_every_text_is_that_of_the_plain_runner(parts: Parts, depth: int, limits
     assert engine.run(wanted) == Engine(plain_runner(parts), 1, **SIZES).run(wanted)
     if "num_blocks" in limits:
         assert engine.scheduler.stats().preemptions_total > 0
+
+
+def test_layers_that_leave_their_norms_to_each_other_have_the_plain_runners_texts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Off a GPU no product would run in gemv.py.
+    monkeypatch.setattr(dispatch, "use_gemv", lambda rows, *_: rows <= MAX_ROWS)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parts = Parts(config(layers=2, heads=2, kv_heads=1), device, torch.float32)
+    wanted = requests(4, 4)
+    assert Engine(cuda_runner(parts), **SIZES).run(wanted) == Engine(plain_runner(parts), 1, **SIZES).run(wanted)
 
 
 def test_penalties_biases_bans_and_logprobs_are_those_of_the_plain_runner(parts: Parts) -> None:

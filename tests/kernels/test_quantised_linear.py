@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from vserve.kernels import fp8
 from vserve.model.gpu_linear import FloatGpuLinear, GroupedGpuLinear, StackedGpuLinear
+from vserve.model.grouped_weights import FloatTensor
 from vserve.model.kinds import LAYOUTS, Kind
 from vserve.model.linear import PlainLinear
 from vserve.model.quantised_linear import Place, online_fp8, quantised_linear
@@ -40,7 +42,7 @@ def blocks(kind: Kind, rows: int, cols: int, random: torch.Generator) -> StoredT
     return StoredTensor(f"a {kind}", kind, (rows, cols), raw.view(-1))
 
 
-def layer(stored: list[StoredTensor], bias: Tensor | None, device: torch.device) -> object:
+def layer(stored: Sequence[StoredTensor], bias: Tensor | None, device: torch.device) -> object:
     def plain() -> PlainLinear:
         raise AssertionError("a CPU's")
 
@@ -110,3 +112,44 @@ def test_a_plain_weight_becomes_e4m3_by_rows(rows: int, device: torch.device, ra
 def test_a_weight_of_odd_sizes_stays_plain(device: torch.device, random: torch.Generator) -> None:
     weight = torch.randn(10, 33, generator=random).to(device, DTYPE)
     assert isinstance(online_fp8(weight, None), PlainLinear)
+
+
+def e4m3(rows: int, cols: int, input_scale: float | None, random: torch.Generator) -> FloatTensor:
+    data = torch.randn(rows, cols, generator=random).to(torch.float8_e4m3fn)
+    given = None if input_scale is None else torch.tensor([input_scale])
+    return FloatTensor("e4m3", Kind.E4M3, (rows, cols), data, torch.rand(rows, generator=random) + 0.5, given)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 20])
+def test_static_scales_of_inputs_are_obeyed_where_inputs_become_e4m3(
+    rows: int, device: torch.device, random: torch.Generator
+) -> None:
+    parts = [e4m3(32, 64, 0.001, random), e4m3(16, 64, 0.002, random)]
+    made = layer(parts, None, device)
+    assert isinstance(made, FloatGpuLinear)
+    x = torch.randn(rows, 64, generator=random).to(device, DTYPE)
+    numbers = torch.cat([part.dense() for part in parts]).double()
+    wide = x.double().cpu()
+    if rows > 16:
+        # The published formula, with the larger scale of the two; 448 is the largest e4m3 number.
+        cut = (wide / 0.002).clamp(-448, 448)
+        assert (cut.abs() == 448).any()
+        wide = cut.to(torch.float8_e4m3fn).double() * 0.002
+    wanted = wide @ numbers.T
+    # The interpreter loses the carry of some numbers that become e4m3.
+    assert float((made(x).double().cpu() - wanted).norm() / wanted.norm()) < (4e-3 if GPU or rows <= 16 else 5e-2)
+
+
+def test_a_gate_is_computed_where_inputs_become_e4m3(device: torch.device, random: torch.Generator) -> None:
+    part = e4m3(48, 64, None, random)
+    made = layer([part], None, device)
+    assert isinstance(made, FloatGpuLinear)
+    gate_up = torch.randn(20, 128, generator=random).to(device, DTYPE)
+    residual = torch.randn(20, 48, generator=random).to(device, DTYPE)
+    assert not made.reads(residual)
+    gate, up = gate_up.double().cpu().chunk(2, 1)
+    v = silu(gate) * up
+    scale = v.abs().amax(1, keepdim=True) / fp8.LARGEST
+    wanted = (v / scale).to(torch.float8_e4m3fn).double() * scale @ part.dense().double().T + residual.double().cpu()
+    found = made.gated_added(gate_up, residual.clone()).double().cpu()
+    assert float((found - wanted).norm() / wanted.norm()) < (1e-2 if GPU else 5e-2)

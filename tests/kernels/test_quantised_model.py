@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -11,18 +11,22 @@ from default_model import default_model
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from tests.model import quantised
-from tests.model.driving import Driver, distance, judged, random_model
+from tests.model.driving import Driver, MemoryWeights, config_of, distance, judged, random_model, weights_of
 from vserve.kernels.grouped import MOST_ROWS
+from vserve.model.families import gguf_of
+from vserve.model.gguf import TensorInfo
 from vserve.model.gpu_decoder import GpuDecoder
+from vserve.model.kinds import LAYOUTS, Kind
 from vserve.model.loader import load_weights
 from vserve.model.source import resolve
+from vserve.model.weights import StoredTensor
 from vserve.sizing import WRITTEN_ROWS, GgufTensors, Quantisation, weight_bytes
 
 LIMITS = {torch.bfloat16: 6e-2, torch.float16: 8e-3} if torch.cuda.is_available() else {torch.float32: 1e-4}
 """About twice what the dense model itself is off by in such numbers.  The interpreter multiplies no bf16 matrices."""
 
 
-@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("name", quantised.CHECKPOINTS)
 def test_logits_are_those_of_the_dense_model(
     name: str, dtype: torch.dtype, device: torch.device, tmp_path: Path
@@ -116,6 +120,80 @@ def test_the_blocks_of_the_default_model_take_what_is_planned(device: torch.devi
     assert isinstance(decoder, GpuDecoder)
     planned = weight_bytes(source.config, 2, GgufTensors(source.gguf.tensors))
     assert held_bytes(decoder) == pytest.approx(planned, rel=0.002)
+
+
+LEFT = ["model.layers.1.self_attn", "mlp.down_proj"]
+
+
+@pytest.mark.parametrize("name", ["awq", "fp8 row"])
+def test_modules_left_plain_take_what_is_planned(name: str, device: torch.device, tmp_path: Path) -> None:
+    random_model(**SHAPE).save_pretrained(tmp_path / "dense")
+    make, settings = quantised.CHECKPOINTS[name]
+    quantised.quantise(tmp_path / "packed", tmp_path / "dense", make, settings | {"modules_to_not_convert": LEFT})
+    source = resolve(str(tmp_path / "packed"), environ={})
+    assert source.quantization is not None
+    decoder = load_weights(source.open_weights(), source.config, device=device, dtype=torch.bfloat16, for_gpu=True)
+    assert isinstance(decoder, GpuDecoder)
+    planned = weight_bytes(source.config, 2, Quantisation.of(source.quantization))
+    assert held_bytes(decoder) == pytest.approx(planned, rel=0.002)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tables_of_float32_take_what_is_planned(tied: bool, device: torch.device) -> None:
+    model = random_model(**SHAPE | {"tie_word_embeddings": tied})
+    config = config_of(model)
+    decoder = load_weights(weights_of(model), config, device=device, dtype=torch.bfloat16, for_gpu=True)
+    assert isinstance(decoder, GpuDecoder)
+    assert held_bytes(decoder) == weight_bytes(config, 2)
+
+
+MIXED = {
+    # Groups of 32 and of 16; bytes beside half bytes; one plain among packed ones; all alike.
+    "attn_q": (Kind.Q4_K, Kind.Q4_0),
+    "attn_k": (Kind.Q4_K, Kind.Q4_0),
+    "attn_v": (Kind.Q6_K, Kind.F16),
+    "attn_output": (Kind.Q5_1, Kind.Q5_0),
+    "ffn_gate": (Kind.Q4_0, Kind.Q4_0),
+    "ffn_up": (Kind.Q8_0, Kind.Q4_0),
+    "ffn_down": (Kind.Q6_K, Kind.F32),
+}
+"""GGUF name -> its kind in the first layer and in the second."""
+
+
+class Blocks(MemoryWeights):
+    """The tensors of a model, those of kinds as blocks of zeros."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], kinds: Mapping[str, Kind]) -> None:
+        super().__init__(tensors)
+        self.kinds = kinds
+
+    def get(self, name: str) -> StoredTensor:
+        kind, plain = self.kinds.get(name), super().get(name)
+        if kind is None or LAYOUTS[kind].block_size == 1:
+            return plain
+        layout = LAYOUTS[kind]
+        raw = torch.zeros(plain.data.numel() // layout.block_size * layout.block_bytes, dtype=torch.uint8)
+        return StoredTensor(name, kind, plain.shape, raw)
+
+
+def test_layers_of_several_gguf_formats_take_what_is_planned(device: torch.device) -> None:
+    model = random_model(**SHAPE)
+    config, plain = config_of(model), weights_of(model)
+    modules = gguf_of(config.architecture).tensors
+    kinds, infos = {}, {}
+    for layer in range(2):
+        for name, of_layers in MIXED.items():
+            stored = f"model.layers.{layer}.{modules[name]}.weight"
+            kinds[stored] = of_layers[layer]
+            full = f"blk.{layer}.{name}.weight"
+            infos[full] = TensorInfo(full, of_layers[layer], tuple(plain.tensors[stored].shape), 0, 0)
+    for name, tensor in plain.tensors.items():
+        if name not in kinds:
+            infos[name] = TensorInfo(name, Kind.F32, tuple(tensor.shape), 0, 0)
+    weights = Blocks(plain.tensors, kinds)
+    decoder = load_weights(weights, config, device=device, dtype=torch.bfloat16, for_gpu=True)
+    assert isinstance(decoder, GpuDecoder)
+    assert held_bytes(decoder) == weight_bytes(config, 2, GgufTensors(infos))
 
 
 def test_plans_know_from_how_many_rows_weights_are_written_out() -> None:

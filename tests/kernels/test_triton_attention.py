@@ -128,6 +128,15 @@ def test_padding_rows_have_no_task_and_an_output_of_zeros(device: torch.device, 
     assert (out[2:] == 0).all()
 
 
+def test_outputs_of_padding_rows_can_be_left_alone(device: torch.device, random: torch.Generator) -> None:
+    pages = build(decode_case((140, 20), 4, 2, 64, 16), DTYPES[0], device, random, spare=3)
+    inputs = (pages.q, pages.keys, pages.values, pages.lens, pages.tables, pages.scale)
+    out = torch.full_like(pages.q, 7.0)
+    decode_attention(*inputs, out=out, zeros=False)
+    assert torch.equal(out[:2], decode_attention(*inputs)[:2])
+    assert (out[2:] == 7.0).all()
+
+
 def test_a_batch_of_padding_alone_reads_nothing(device: torch.device, random: torch.Generator) -> None:
     pages = build(decode_case((9,), 2, 1, 64, 8), DTYPES[0], device, random)
     lens = torch.zeros_like(pages.lens)

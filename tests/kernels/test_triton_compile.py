@@ -46,7 +46,7 @@ def printed(script: str) -> list[str]:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()

@@ -78,11 +78,19 @@ def fp8_tensors(
     return {"weight": data, "weight_scale": scale}, data.double() * scale.double()
 
 
+def static_fp8_tensors(outputs: int, inputs: int, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+    parts, numbers = fp8_tensors(outputs, inputs, False, generator)
+    return {**parts, "input_scale": torch.tensor(0.03)}, numbers
+
+
 def quantise(folder: Path, dense: Path, make: Any, settings: dict[str, object]) -> None:
     """Write the model of the folder dense to folder with its layers' matrices replaced by what make draws.
 
-    dense gets the same numbers written out, so that the two are one model.
+    dense gets the same numbers written out, so that the two are one model.  What the settings' modules_to_not_convert
+    name stays as it is.
     """
+    left = settings.get("modules_to_not_convert", ())
+    assert isinstance(left, list | tuple)
     generator = torch.Generator().manual_seed(7)
     folder.mkdir()
     plain = load_file(dense / "model.safetensors")
@@ -90,6 +98,7 @@ def quantise(folder: Path, dense: Path, make: Any, settings: dict[str, object]) 
     for name, tensor in list(plain.items()):
         # Routers are small and stay as they are, and so does what has no whole groups.
         router = name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight"))
+        router = router or any(part in name for part in left)
         if tensor.dim() == 2 and ".layers." in name and not router and tensor.shape[1] % 32 == 0:
             parts, numbers = make(*tensor.shape, generator)
             packed.update({name.removesuffix("weight") + part: value for part, value in parts.items()})
@@ -114,6 +123,7 @@ def pair(model: Path, checkpoint: str, folder: Path) -> tuple[PreTrainedModel, P
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False}
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+STATIC_FP8 = {"quant_method": "fp8", "activation_scheme": "static"}
 
 
 def gptq(bits: int = 4, *, ordered: bool = True, sym: bool = False, shift: int = 1, group: int = 32) -> Any:
@@ -135,5 +145,6 @@ CHECKPOINTS: dict[str, tuple[Any, dict[str, object]]] = {
     "gptq 8 sym act-order": (gptq(8, sym=True, ordered=False), GPTQ | {"bits": 8, "sym": True, "desc_act": True}),
     "fp8 tensor": (lambda n, k, g: fp8_tensors(n, k, False, g), FP8),
     "fp8 row": (lambda n, k, g: fp8_tensors(n, k, True, g), FP8),
+    "fp8 static": (static_fp8_tensors, STATIC_FP8),
 }
 """name -> (what draws a matrix, the quantization_config)."""

@@ -20,7 +20,7 @@ from vserve.errors import StartupError
 from vserve.model.grouped_weights import FloatTensor, GroupedTensor
 from vserve.model.linear import GroupedLinear
 from vserve.model.loader import load, load_dummy
-from vserve.model.quantization import Method, Quantization, choose
+from vserve.model.quantization import Method, Quantization, choose, read
 from vserve.model.source import resolve
 
 
@@ -122,6 +122,63 @@ def test_biases_that_autogptq_writes_are_read_past_where_they_are_zero(
     assert distance(Driver(decoder, 24).logits(list(range(9)), [6, 1]), judged(judge, list(range(9)))) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("scale", "problem"),
+    [
+        (None, "is missing, which .*q_proj.weight needs: activation_scheme is static"),
+        (torch.tensor([0.1, 0.1]), r"has shape \[2\], must be one number"),
+        (torch.tensor(0.0), "is 0, must be above 0"),
+        (torch.tensor(torch.nan), "is nan, must be above 0"),
+    ],
+)
+def test_a_static_scale_that_is_no_scale_is_refused(scale: Tensor | None, problem: str, tmp_path: Path) -> None:
+    random_model(hidden_size=64, intermediate_size=128, num_hidden_layers=1).save_pretrained(tmp_path / "dense")
+    make, settings = CHECKPOINTS["fp8 static"]
+    quantised.quantise(tmp_path / "fp8", tmp_path / "dense", make, settings)
+    tensors = load_file(tmp_path / "fp8" / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.input_scale"
+    assert tensors.pop(name) == torch.tensor(0.03)
+    save_file(tensors if scale is None else {**tensors, name: scale}, tmp_path / "fp8" / "model.safetensors")
+    with pytest.raises(StartupError, match=rf"q_proj\.input_scale {problem}"):
+        load(resolve(str(tmp_path / "fp8"), environ={}), device=CPU, dtype=torch.float32)
+
+
+def test_scales_of_inputs_are_those_of_static_checkpoints_alone(tmp_path: Path) -> None:
+    random_model(hidden_size=64, intermediate_size=128, num_hidden_layers=1).save_pretrained(tmp_path / "dense")
+    make, settings = CHECKPOINTS["fp8 static"]
+    quantised.quantise(tmp_path / "fp8", tmp_path / "dense", make, settings)
+    for scheme, wanted in (("static", torch.tensor([0.03])), ("dynamic", None)):
+        values = json.loads((tmp_path / "fp8" / "config.json").read_text())
+        values["quantization_config"]["activation_scheme"] = scheme
+        (tmp_path / "fp8" / "config.json").write_text(json.dumps(values))
+        found = resolve(str(tmp_path / "fp8"), environ={}).open_weights().get("model.layers.0.mlp.down_proj.weight")
+        assert isinstance(found, FloatTensor)
+        assert found.input_scale == wanted
+
+
+@pytest.mark.parametrize(
+    ("listed", "module", "skipped"),
+    [
+        (["lm_head"], "model.layers.0.mlp.gate_proj", False),
+        (["gate"], "model.layers.0.mlp.gate_proj", False),
+        (["mlp.gate"], "model.layers.0.mlp.gate", True),
+        (["model.layers.1"], "model.layers.11.mlp.up_proj", False),
+        (["model.layers.1"], "model.layers.1.mlp.up_proj", True),
+        (["layers.1.self_attn"], "model.layers.1.self_attn.q_proj", True),
+        (["up_proj", "down_proj"], "model.layers.1.mlp.down_proj", True),
+        (None, "model.layers.1.mlp.down_proj", False),
+    ],
+)
+@pytest.mark.parametrize("key", ["modules_to_not_convert", "ignored_layers"])
+def test_modules_are_left_plain_by_whole_parts_of_their_names(
+    key: str, listed: list[str] | None, module: str, skipped: bool, tmp_path: Path
+) -> None:
+    values = {"quantization_config": {**FP8, key: listed}}
+    found = read(tmp_path, values)
+    assert found is not None
+    assert found.skips(module) == skipped
+
+
 SETTINGS: dict[str, tuple[dict[str, object], str]] = {
     "no method": ({"bits": 4}, "quant_method is missing"),
     "another method": ({"quant_method": "bitsandbytes"}, "supported are awq, gptq, fp8"),
@@ -136,6 +193,7 @@ SETTINGS: dict[str, tuple[dict[str, object], str]] = {
     "marlin": (GPTQ | {"checkpoint_format": "marlin"}, "only gptq and gptq_v2"),
     "layers of their own": (GPTQ | {"dynamic": {"-:x": {}}}, "not supported"),
     "blocks": (FP8 | {"weight_block_size": [128, 128]}, "blocks are not supported"),
+    "modules that are no list": (AWQ | {"modules_to_not_convert": "lm_head"}, "must be a list"),
     "scheme": (FP8 | {"activation_scheme": "token"}, "only dynamic and static"),
     "not an object": ([], "must be an object"),  # type: ignore[dict-item]
 }

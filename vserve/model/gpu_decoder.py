@@ -1,11 +1,11 @@
 """GpuDecoder: the forward pass on CUDA, fused where that pays, on inputs that lie on the device already.
 
-Few rows: the norm before a product and the residual after it are part of a kernel that reads the weights once.  More:
+Few rows: the norm before a product and the residual after it are part of kernels that read the weights once.  More:
 cuBLAS, with the residual as its accumulator.  Which, is asked of kernels.dispatch by shape; nothing here reads a value,
 so the same Python captures the same kernels for every batch of a shape.  The fused forms are those of a model whose
 RMS norms lead to plain layers and to MLPs gated by SiLU, dense or of experts; any other runs operation by operation, as
 on a CPU.
-One thread, one stream at a time.
+One thread, one stream at a time, which attention may fork and joins again.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from vserve.kernels import cuda, dispatch, moe
-from vserve.kernels.cuda import StepPlan
+from vserve.kernels.cuda import Normed, StepPlan
 from vserve.model.config import Activation, ModelConfig
 from vserve.model.decoder import Decoder
 from vserve.model.experts import Experts
 from vserve.model.gpu_experts import GpuExperts
-from vserve.model.gpu_linear import QUANTISED, GpuLinear
+from vserve.model.gpu_linear import QUANTISED, FloatGpuLinear, GpuLinear
 from vserve.model.layers import Block, Embedding, Mlp, Norm, Positions
 from vserve.model.linear import Linear, PlainLinear
 from vserve.model.ops import KvCache, Step
@@ -45,6 +45,8 @@ class _Layer:
     """One block in the form that can be fused."""
 
     block: Block
+    next_norm: Tensor  # of the layer behind, or the last
+    next_linear: PlainLinear | GpuLinear  # which reads what that norm gives
     qkv: PlainLinear | GpuLinear
     output: PlainLinear | GpuLinear
     mlp: _Dense | GpuExperts
@@ -105,45 +107,62 @@ class GpuDecoder(Decoder):
         layers, norm, head = self._fused
         eps, last = self.config.norm_eps, len(layers) - 1
         residual = self._embedding(ids)
+        summed: Tensor | Normed = residual
         for number, (layer, (pair, scales)) in enumerate(zip(layers, cache.layers(), strict=True)):
-            block = layer.block
-            x = norm_linear(residual, block.attention_norm.weight, eps, layer.qkv)
+            block, mlp = layer.block, layer.mlp
+            x = norm_linear(summed, block.attention_norm.weight, eps, layer.qkv)
             norm_weights = (block.q_norm, block.k_norm)
             q = cuda.rope_and_write(x, pair, plan, *norm_weights, eps, block.rotation, scales, block.kv_scales)
             x = cuda.paged_attention(q, pair, plan, self._scale, block.window, scales=scales)
             if number == last and logit_rows is not None:  # what follows is wanted of these rows only
                 x, residual = x.index_select(0, logit_rows), residual.index_select(0, logit_rows)
-            residual = add_linear(x, layer.output, residual)
-            residual = _add_mlp(residual, block.mlp_norm.weight, eps, layer.mlp)
-        return norm_linear(residual, norm.weight, eps, head)
+            inner = mlp.gate_up if isinstance(mlp, _Dense) else None
+            residual, summed = add_linear(x, layer.output, residual, block.mlp_norm.weight, inner)
+            residual, summed = _add_mlp(residual, summed, eps, layer)
+        return norm_linear(summed, norm.weight, eps, head)
 
 
-def norm_linear(x: Tensor, norm: Tensor, eps: float, linear: PlainLinear | GpuLinear) -> Tensor:
+def norm_linear(x: Tensor | Normed, norm: Tensor, eps: float, linear: PlainLinear | GpuLinear) -> Tensor:
     """linear(rms_norm(x [M, K], norm [K], eps))."""
     if isinstance(linear, PlainLinear):
         return cuda.norm_linear(x, norm, eps, linear.weight, linear.bias)
+    assert isinstance(x, Tensor)
     return linear.normed(x, norm, eps)
 
 
-def norm_gated_linear(x: Tensor, norm: Tensor, eps: float, linear: PlainLinear | GpuLinear) -> Tensor:
+def norm_gated_linear(x: Tensor | Normed, norm: Tensor, eps: float, linear: PlainLinear | GpuLinear) -> Tensor:
     """silu(first half) * second half of norm_linear."""
     if not isinstance(linear, PlainLinear):
+        assert isinstance(x, Tensor)
         return linear.normed_gated(x, norm, eps)
     if linear.bias is None:
         return cuda.norm_gated_linear(x, norm, eps, linear.weight)
     return cuda.silu_mul(cuda.norm_linear(x, norm, eps, linear.weight, linear.bias))
 
 
-def add_linear(x: Tensor, linear: PlainLinear | GpuLinear, residual: Tensor) -> Tensor:
-    """residual [M, N] + linear(x [M, K]); residual is undefined afterwards."""
+def add_linear(
+    x: Tensor,
+    linear: PlainLinear | GpuLinear,
+    residual: Tensor,
+    norm: Tensor,
+    following: PlainLinear | GpuLinear | None,
+) -> tuple[Tensor, Tensor | Normed]:
+    """residual [M, N] + linear(x [M, K]), and what norm_linear of norm [N] and following takes; residual is undefined
+    afterwards.  following: None where several layers read the norm.
+    """
     if not isinstance(linear, PlainLinear):
-        return linear.added(x, residual)
+        y = linear.added(x, residual)
+        return y, y
     weight, bias = linear.weight, linear.bias
     if dispatch.use_gemv(x.shape[0], weight.shape[0], weight.shape[1], x.device):
-        return cuda.linear(x, weight, bias, residual)
-    if bias is not None:
-        return residual.add_(functional.linear(x, weight, bias))
-    return residual.addmm_(x, weight.t())
+        if isinstance(following, PlainLinear):
+            return cuda.linear_then_norm(x, weight, bias, residual, norm, following.weight)
+        y = cuda.linear(x, weight, bias, residual)
+    elif bias is not None:
+        y = residual.add_(functional.linear(x, weight, bias))
+    else:
+        y = residual.addmm_(x, weight.t())
+    return y, y
 
 
 def add_experts(residual: Tensor, norm: Tensor, eps: float, experts: GpuExperts) -> Tensor:
@@ -158,10 +177,18 @@ def add_experts(residual: Tensor, norm: Tensor, eps: float, experts: GpuExperts)
     return experts.add(x, router(x), residual)
 
 
-def _add_mlp(residual: Tensor, norm: Tensor, eps: float, mlp: _Dense | GpuExperts) -> Tensor:
+def _add_mlp(residual: Tensor, summed: Tensor | Normed, eps: float, layer: _Layer) -> tuple[Tensor, Tensor | Normed]:
+    norm, mlp = layer.block.mlp_norm.weight, layer.mlp
     if isinstance(mlp, GpuExperts):
-        return add_experts(residual, norm, eps, mlp)
-    return add_linear(norm_gated_linear(residual, norm, eps, mlp.gate_up), mlp.down, residual)
+        residual = add_experts(residual, norm, eps, mlp)
+        return residual, residual
+    down, gate_up = mlp.down, mlp.gate_up
+    if isinstance(down, FloatGpuLinear) and isinstance(gate_up, FloatGpuLinear) and not down.reads(residual):
+        # The gate is computed where the inputs of the next product become e4m3.
+        residual = down.gated_added(gate_up.normed(residual, norm, eps), residual)
+        return residual, residual
+    x = norm_gated_linear(summed, norm, eps, gate_up)
+    return add_linear(x, down, residual, layer.next_norm, layer.next_linear)
 
 
 def _fused(
@@ -173,15 +200,17 @@ def _fused(
         return None
     if norm is None or norm.bias is not None or not isinstance(head, _FUSED):
         return None
-    layers = []
-    for block in blocks:
+    layers: list[_Layer] = []
+    following, its_norm = head, norm.weight
+    for block in reversed(blocks):
         mlp = _fused_mlp(block.mlp)
         if mlp is None or block.attention_norm.bias is not None:
             return None
         if not isinstance(block.qkv, _FUSED) or not isinstance(block.output, _FUSED):
             return None
-        layers.append(_Layer(block, block.qkv, block.output, mlp))
-    return tuple(layers), norm, head
+        layers.append(_Layer(block, its_norm, following, block.qkv, block.output, mlp))
+        following, its_norm = block.qkv, block.attention_norm.weight
+    return tuple(reversed(layers)), norm, head
 
 
 def _fused_mlp(mlp: Mlp | Experts) -> _Dense | GpuExperts | None:

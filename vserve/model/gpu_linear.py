@@ -79,24 +79,28 @@ class GroupedGpuLinear:
 
 
 class FloatGpuLinear:
-    """e4m3 numbers with a scale for each output."""
+    """e4m3 numbers with a scale for each output.
 
-    def __init__(self, weight: Packed, bias: Tensor | None) -> None:
+    input_scale float32 [1]: by which inputs become e4m3, None for what each row needs.  Few rows keep their type.
+    """
+
+    def __init__(self, weight: Packed, bias: Tensor | None, input_scale: Tensor | None = None) -> None:
         self.weight = weight
         self._bias = bias
+        self._input_scale = input_scale
         self._data = weight.data.view(torch.float8_e4m3fn)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._few(x):
+        if self.reads(x):
             return grouped.linear(x, self.weight, bias=self._bias, early=early.one_row(x))
-        return self._multiply(x, *fp8.quantise_rows(x))
+        return self._multiply(x)
 
     def normed(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
         if x.shape[0] == 1:
             return grouped.linear(x, self.weight, norm=norm, eps=eps, bias=self._bias, early=early.one_row(x))
-        if self._few(x):
+        if self.reads(x):
             return self(cuda.rms_norm(x, norm, eps))
-        return self._multiply(x, *fp8.quantise_rows(x, norm=norm, eps=eps))
+        return self._multiply(x, norm=norm, eps=eps)
 
     def normed_gated(self, x: Tensor, norm: Tensor, eps: float) -> Tensor:
         if x.shape[0] == 1:
@@ -104,14 +108,20 @@ class FloatGpuLinear:
         return cuda.silu_mul(self.normed(x, norm, eps))
 
     def added(self, x: Tensor, residual: Tensor) -> Tensor:
-        if self._few(x):
+        if self.reads(x):
             return grouped.linear(x, self.weight, bias=self._bias, residual=residual, early=early.one_row(x))
-        return self(x).add_(residual)
+        return self._multiply(x).add_(residual)
 
-    def _few(self, x: Tensor) -> bool:
+    def gated_added(self, gate_up: Tensor, residual: Tensor) -> Tensor:
+        """residual [M, N] + the layer of silu(gate) * up, gate_up [M, 2K]; of rows whose inputs become e4m3."""
+        return self._multiply(gate_up, gated=True).add_(residual)
+
+    def reads(self, x: Tensor) -> bool:
+        """Whether so many rows keep their type and the weights alone are read as e4m3."""
         return 0 < x.shape[0] <= grouped.most_rows(self.weight)
 
-    def _multiply(self, x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+    def _multiply(self, x: Tensor, *, norm: Tensor | None = None, eps: float = 0.0, gated: bool = False) -> Tensor:
+        q, scale = fp8.quantise_rows(x, norm=norm, eps=eps, gated=gated, scale=self._input_scale)
         return fp8.multiply(q, scale, self._data, self.weight.scale, x.dtype, self._bias)
 
 
@@ -187,13 +197,18 @@ def blocks_linear(parts: Sequence[Blocks], device: torch.device, bias: Tensor | 
     return GroupedGpuLinear(weight, bias, None)
 
 
-def float_linear(data: Tensor, scale: Tensor, bias: Tensor | None) -> GpuLinear | None:
-    """A layer of e4m3 data [N, K] and the scale [N] of each row; None for sizes that the matrix units do not take."""
+def float_linear(
+    data: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None = None
+) -> GpuLinear | None:
+    """A layer of e4m3 data [N, K] and the scale [N] of each row; None for sizes that the matrix units do not take.
+
+    input_scale: as for FloatGpuLinear.
+    """
     outputs, inputs = data.shape
     if outputs % _FP8_ALIGN or inputs % packed.CHUNK:
         return None
     weight = packed.pack(data.view(torch.uint8), scale.view(-1, 1), None, bits=8, form=Form.FLOAT)
-    return FloatGpuLinear(weight, bias)
+    return FloatGpuLinear(weight, bias, input_scale)
 
 
 def to_e4m3(weight: Tensor) -> tuple[Tensor, Tensor]:

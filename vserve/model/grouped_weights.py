@@ -4,7 +4,7 @@
                  w[n, k] = scales[g, n] * (q - z), columns 0 2 4 6 1 3 5 7 of each eight from the lowest bits up
     GPTQ:        qweight int32 [K * bits / 32, N], qzeros int32 [K / G, N * bits / 32], scales [K / G, N], g_idx [K]
                  w[n, k] = scales[g, n] * (q - (z + shift)), in order from the lowest bits up, g = g_idx[k]
-    fp8:         weight e4m3 [N, K], weight_scale [], [1], [N] or [N, 1]
+    fp8:         weight e4m3 [N, K], weight_scale [], [1], [N] or [N, 1]; static activations: input_scale [] or [1]
 
 Every shape is checked when a tensor is asked for, before any is read.  Unpacking is exact and works on any device.
 Knows no model.  Any thread may read.
@@ -117,9 +117,13 @@ class GroupedTensor(StoredTensor):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FloatTensor(StoredTensor):
-    """A matrix of e4m3 numbers; data: float8_e4m3fn [N, K].  scale float32 [N]: of each row."""
+    """A matrix of e4m3 numbers; data: float8_e4m3fn [N, K].  scale float32 [N]: of each row.
+
+    input_scale float32 [1]: of the inputs wherever they become e4m3, None for the scale that each row needs.
+    """
 
     scale: Tensor
+    input_scale: Tensor | None = None
 
     @property
     def quantised(self) -> bool:
@@ -225,7 +229,21 @@ class QuantisedWeights:
             raise StartupError(
                 f"tensor {module}.weight_scale has shape {list(scale.shape)}, must be one number or one a row"
             )
-        return FloatTensor(name, Kind.E4M3, (outputs, inputs), data, scale.reshape(-1).expand(outputs).contiguous())
+        rows = scale.reshape(-1).expand(outputs).contiguous()
+        return FloatTensor(name, Kind.E4M3, (outputs, inputs), data, rows, self._input_scale(name, module))
+
+    def _input_scale(self, name: str, module: str) -> Tensor | None:
+        if not self._quantization.static:
+            return None
+        found = f"{module}.input_scale"
+        if found not in self._weights:
+            raise StartupError(f"tensor {found} is missing, which {name} needs: activation_scheme is static")
+        scale = self._weights.get(found).dense(torch.float32)
+        if scale.numel() != 1:
+            raise StartupError(f"tensor {found} has shape {list(scale.shape)}, must be one number")
+        if not 0 < float(scale) < float("inf"):
+            raise StartupError(f"tensor {found} is {float(scale):g}, must be above 0")
+        return scale.reshape(1)
 
     def _group(self, module: str, inputs: int) -> int:
         group = self._quantization.group or inputs

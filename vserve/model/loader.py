@@ -397,7 +397,8 @@ class _StoredParts:
         if stored.quantised and not self.for_gpu:
             return StoredEmbedding(stored.select_rows(torch.arange(stored.shape[0])), self._dtype)
         if table is None:
-            table = self._dense([stored], self._dtype if stored.quantised else stored.data.dtype)
+            # A CPU keeps what the file has; on a GPU memory is dearer, and the rows become the model's type anyway.
+            table = self._dense([stored], self._dtype if stored.quantised or self.for_gpu else stored.data.dtype)
         return DenseEmbedding(table, self._dtype)
 
     def _linear(self, stored: Sequence[StoredTensor], bias: Tensor | None) -> Linear:

@@ -132,7 +132,8 @@ def _on_gpu(
             note((tensor.name,), tensor.scale)
             note((tensor.name,), _not_a_number(tensor.data.to(device)))
         data = torch.cat([part.data.to(device).view(torch.uint8) for part in floats]).view(torch.float8_e4m3fn)
-        return gpu_linear.float_linear(data, torch.cat([part.scale.to(device) for part in floats]), bias)
+        scale = torch.cat([part.scale.to(device) for part in floats])
+        return gpu_linear.float_linear(data, scale, bias, _common(floats, device))
     if not all(quant.can_pack(part.kind) for part in stored):
         return None
     blocks = [quant.unpack_blocks(part) for part in stored]
@@ -147,6 +148,12 @@ def _on_gpu(
             for part, piece in zip(blocks, _split(bias, stored), strict=True)
         ]
     )
+
+
+def _common(floats: Sequence[FloatTensor], device: torch.device) -> Tensor | None:
+    """One scale for the inputs that layers share: the largest, which cuts off nothing that another would keep."""
+    scales = [part.input_scale for part in floats if part.input_scale is not None]
+    return torch.cat(scales).amax(0, keepdim=True).to(device) if scales else None
 
 
 def _not_a_number(data: Tensor) -> Tensor:

@@ -25,6 +25,9 @@ ALIASES: Final = {"awq_marlin": "awq", "gptq_marlin": "gptq"}
 """Names of another server's kernels for the same files."""
 
 
+_MOST_SKIPPED: Final = 1 << 12
+
+
 class Method(StrEnum):
     AWQ = "awq"
     GPTQ = "gptq"
@@ -37,7 +40,8 @@ class Quantization:
 
     zero_shift: what is added to a packed zero point (GPTQ before version 2 stores it less 1).  symmetric: all zero
     points are the middle.  ordered: groups take the inputs in an order of their own.  online: the checkpoint is plain,
-    and its linear layers become fp8 as they are loaded.
+    and its linear layers become fp8 as they are loaded.  static: each layer says by what its inputs are scaled to fp8.
+    skipped: modules that are left plain, with all that is inside of them, from any part of their names on.
     """
 
     method: Method
@@ -47,6 +51,12 @@ class Quantization:
     symmetric: bool = False
     ordered: bool = False
     online: bool = False
+    static: bool = False
+    skipped: tuple[str, ...] = ()
+
+    def skips(self, module: str) -> bool:
+        """Whether a module, such as model.layers.0.mlp.down_proj, is left plain."""
+        return any(f".{part}." in f".{module}." for part in self.skipped)
 
 
 def read(folder: Path, values: Mapping[str, object]) -> Quantization | None:
@@ -110,7 +120,8 @@ def _awq(fields: Fields) -> Quantization:
         raise fields.fail("bits" if "bits" in fields else "w_bit", "only 4 is supported")
     if not fields.flag("zero_point", True):
         raise fields.fail("zero_point", "only true is supported")
-    return Quantization(Method.AWQ, 4, _group(fields, "group_size" if "group_size" in fields else "q_group_size"))
+    group = _group(fields, "group_size" if "group_size" in fields else "q_group_size")
+    return Quantization(Method.AWQ, 4, group, skipped=_skipped(fields, "modules_to_not_convert"))
 
 
 def _gptq(fields: Fields) -> Quantization:
@@ -126,7 +137,8 @@ def _gptq(fields: Fields) -> Quantization:
     if fields.mapping("dynamic"):
         raise fields.fail("dynamic", "layers that are quantised each in another way are not supported")
     shift = 1 if layout == "gptq" else 0
-    return Quantization(Method.GPTQ, bits, _group(fields, "group_size"), shift, symmetric, ordered)
+    skipped = _skipped(fields, "modules_to_not_convert")
+    return Quantization(Method.GPTQ, bits, _group(fields, "group_size"), shift, symmetric, ordered, skipped=skipped)
 
 
 def _fp8(fields: Fields) -> Quantization:
@@ -137,7 +149,8 @@ def _fp8(fields: Fields) -> Quantization:
         raise fields.fail("weight_block_size", "scales of blocks are not supported, only of tensors and of rows")
     if (fields.text("fmt", "e4m3") or "").lower() not in ("e4m3", "float8_e4m3fn"):
         raise fields.fail("fmt", "only e4m3 is supported")
-    return Quantization(Method.FP8)
+    skipped = _skipped(fields, "ignored_layers") + _skipped(fields, "modules_to_not_convert")
+    return Quantization(Method.FP8, static=scheme == "static", skipped=skipped)
 
 
 def _group(fields: Fields, key: str) -> int | None:
@@ -145,3 +158,7 @@ def _group(fields: Fields, key: str) -> int | None:
     if size != -1 and size not in GROUP_SIZES:
         raise fields.fail(key, f"must be -1 or one of {', '.join(map(str, GROUP_SIZES))}")
     return None if size == -1 else size
+
+
+def _skipped(fields: Fields, key: str) -> tuple[str, ...]:
+    return fields.texts(key, _MOST_SKIPPED) or ()
