@@ -7,7 +7,7 @@ import torch
 
 from tests.model.driving import config_of, random_model, weights_of
 from vserve.model import loader, upload
-from vserve.model.gpu_decoder import GpuDecoder
+from vserve.model.gpu_decoder import GpuDecoder, _Dense
 from vserve.model.linear import PlainLinear
 
 CUDA = torch.device("cuda")
@@ -25,11 +25,12 @@ def test_every_layer_holds_the_files_numbers(
     assert isinstance(decoder, GpuDecoder)
     assert decoder._fused is not None
     for number, layer in enumerate(decoder._fused[0]):
+        assert isinstance(layer.mlp, _Dense)
         for linear, names in (
             (layer.qkv, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
             (layer.output, ("self_attn.o_proj",)),
-            (layer.gate_up, ("mlp.gate_proj", "mlp.up_proj")),
-            (layer.down, ("mlp.down_proj",)),
+            (layer.mlp.gate_up, ("mlp.gate_proj", "mlp.up_proj")),
+            (layer.mlp.down, ("mlp.down_proj",)),
         ):
             assert isinstance(linear, PlainLinear)
             wanted = torch.cat([weights.get(f"model.layers.{number}.{name}.weight").data for name in names])

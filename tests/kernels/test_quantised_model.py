@@ -20,7 +20,7 @@ from vserve.model.kinds import LAYOUTS, Kind
 from vserve.model.loader import load_weights
 from vserve.model.source import resolve
 from vserve.model.weights import StoredTensor
-from vserve.sizing import WRITTEN_ROWS, GgufTensors, Quantisation, weight_bytes
+from vserve.sizing import COUNTERS_BYTES, WRITTEN_ROWS, GgufTensors, Quantisation, weight_bytes
 
 LIMITS = {torch.bfloat16: 6e-2, torch.float16: 8e-3} if torch.cuda.is_available() else {torch.float32: 1e-4}
 """About twice what the dense model itself is off by in such numbers.  The interpreter multiplies no bf16 matrices."""
@@ -64,7 +64,9 @@ def test_mixtures_of_packed_experts_are_the_dense_ones_and_take_what_is_planned(
     assert distance(Driver(decoder, 24).logits(ids, [6, 1]), judged(judge, ids)) < LIMITS[dtype]
     assert source.quantization is not None
     planned = weight_bytes(source.config, dtype.itemsize, Quantisation.of(source.quantization))
-    assert held_bytes(decoder) == pytest.approx(planned, rel=0.4 if "act-order" in name else 0.005)
+    # Queries, keys and values whose inputs lie in orders of their own are three layers with counters of their own.
+    counters = 2 * 2 * COUNTERS_BYTES if "act-order" in name else 0
+    assert held_bytes(decoder) == pytest.approx(planned, rel=0.005, abs=counters)
 
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "tie_word_embeddings": True}

@@ -129,7 +129,7 @@ def packed_stack(count: int, outputs: int, inputs: int, kind: tuple[int, int, Fo
     groups = inputs // (group or inputs)
     stack: Stack | None = None
     for expert in range(count):
-        scale = torch.rand(outputs, groups, generator=random) * 0.02 + 0.01
+        scale = (torch.rand(outputs, groups, generator=random) * 0.02 + 0.01) * 2.0 ** (4 - bits)  # or fp16 overflows
         offset = torch.randint(0, 2**bits, (outputs, groups), generator=random).to(torch.float16)
         q = torch.randint(0, 2**bits, (outputs, inputs), generator=random).to(torch.uint8)
         if form is Form.FLOAT:
