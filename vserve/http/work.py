@@ -45,7 +45,10 @@ class Rest(Coroutine[Any, Any, T], Generic[T]):
 
 
 def begin(work: Coroutine[Any, Any, T]) -> T | Rest[T]:
-    """Run work up to its first wait: what it returned, or the rest of it.  Raises what it raises."""
+    """Run work up to its first wait: what it returned, or the rest of it.  Raises what it raises.
+
+    Until then there is no current task: asyncio.timeout and TaskGroup cannot be entered before the first wait.
+    """
     try:
         waits_for = work.send(None)
     except StopIteration as done:
