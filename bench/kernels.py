@@ -30,13 +30,14 @@ from torch.nn import functional
 from bench.record import emit
 from vserve.kernels import reference
 from vserve.kernels.activation import silu_mul
-from vserve.kernels.attention_decode import decode_attention, plan_tasks
+from vserve.kernels.attention_decode import decode_attention
 from vserve.kernels.attention_prefill import prefill_attention
 from vserve.kernels.gemv import MAX_ROWS, gated_gemv, gemv
 from vserve.kernels.gemv_shapes import on_vectors
 from vserve.kernels.norm import add_rms_norm, rms_norm
 from vserve.kernels.rope import rope_and_write, split_qkv
 from vserve.kernels.sampling import sample, token_logprobs
+from vserve.kernels.tasks import plan_tasks
 
 BYTES_PER_US = 3.0e6
 FLOPS_PER_US = 779e6

@@ -8,10 +8,8 @@ block_tables[r, n // block_size] at offset n % block_size.  bf16, fp16 or fp32; 
 Caches of another float type become q's as they are read; those of e4m3 have a kernel of their own in
 attention_decode_fp8.py.
 
-Work is cut into tasks of at most `chunk` keys of one row.  `plan_tasks` deals the tasks out once a step, on the device:
-the chunk is the step's total length over `spread`, so one long row and many short ones give programs of equal work, and
-the grid (R + spread tasks) depends on no length and fits a captured graph.  A row of length 0 (padding) has no task and
-an output of zeros.  The G query heads that share a key head are the rows of one matrix product, padded to 16.
+A program takes a task of tasks.py, at most `chunk` keys of one row.  A row of length 0 (padding) has no task and an
+output of zeros.  The G query heads that share a key head are the rows of one matrix product, padded to 16.
 With a window the plan is made of min(context_lens, W), and tasks count from the first key that is seen: pages before it
 are not read.  The cap: Bello et al. 2016, arXiv:1611.09940.
 Dao et al. 2023, "Flash-Decoding for long-context inference"; Milakov, Gimelshein 2018, arXiv:1805.02867.
@@ -22,7 +20,6 @@ Dao et al. 2023, "Flash-Decoding for long-context inference"; Milakov, Gimelshei
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -33,62 +30,7 @@ from vserve.kernels import attention_decode_fp8 as fp8
 from vserve.kernels.early import await_inputs, options
 from vserve.kernels.narrow import words
 from vserve.kernels.softcap import capped
-
-CHUNK_STEP = 64
-"""A chunk is a multiple of this many keys."""
-MIN_CHUNK = 64
-"""Fewer keys than this are not worth a program and a share of the reduction."""
-TARGET_PROGRAMS = 528
-"""Programs that keep a large GPU busy: four for each of 132 multiprocessors."""
-TARGET_PROGRAMS_FP8 = 1056
-"""Of e4m3 caches, whose programs have half the warps."""
-
-
-@dataclass(frozen=True, slots=True)
-class DecodePlan:
-    """How one step's rows are cut into tasks; made on the device, the same for every layer.
-
-    task_rows [N] int32: row of each task, -1 for one without work.  task_starts [R + 1] int32: the first task of each
-    row, and the number of tasks in use.  chunk [1] int32: keys a task.  most: the most tasks that one row can have.
-    """
-
-    task_rows: Tensor
-    task_starts: Tensor
-    chunk: Tensor
-    most: int
-
-
-@triton.jit
-def _plan_tasks(
-    lens_ptr,  # [R] int32
-    task_rows_ptr,  # [N] int32
-    task_starts_ptr,  # [R + 1] int32
-    chunk_ptr,  # [1] int32
-    num_rows,
-    num_tasks,  # N = R + spread
-    spread,
-    MIN_CHUNK: tl.constexpr,
-    CHUNK_STEP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    r = tl.arange(0, BLOCK)
-    lens = tl.load(lens_ptr + r, mask=r < num_rows, other=0)
-    lens = tl.maximum(lens, 0)
-    # A row's share of int32 lengths: the sum of all passes 2**31 on no cache that fits a GPU's memory
-    each = tl.cdiv(tl.sum(lens, axis=0), spread)
-    chunk = tl.maximum(tl.cdiv(each, CHUNK_STEP) * CHUNK_STEP, MIN_CHUNK)
-    counts = tl.cdiv(lens, chunk)
-    ends = tl.cumsum(counts, axis=0)
-    starts = ends - counts
-    used = tl.sum(counts, axis=0)
-    tl.store(chunk_ptr, chunk)
-    tl.store(task_starts_ptr + r, starts, mask=r < num_rows)
-    tl.store(task_starts_ptr + num_rows, used)
-    for j in range(tl.max(counts, axis=0)):
-        tl.store(task_rows_ptr + starts + j, r, mask=j < counts)
-    for base in range(0, num_tasks, BLOCK):
-        task = base + r
-        tl.store(task_rows_ptr + task, -1, mask=(task >= used) & (task < num_tasks))
+from vserve.kernels.tasks import DecodePlan, keys_of_task, plan_tasks
 
 
 @triton.jit
@@ -105,7 +47,7 @@ def _decode(
     sums_ptr,  # [N, Hq, E] float32: weighted values of each task
     stats_ptr,  # [N, Hq, 2] float32: largest score and sum of weights of each task
     scale,  # of the scores, log2(e) included
-    cap,  # of the scores, log2(e) included; read when CAPPED
+    cap,  # of the scores, as the model has it; read when CAPPED
     q_stride,
     out_stride,
     block_stride,
@@ -129,14 +71,7 @@ def _decode(
     row = tl.load(task_rows_ptr + task)
     if row < 0:
         return
-    first = tl.load(task_starts_ptr + row)
-    last = tl.load(task_starts_ptr + row + 1)
-    chunk = tl.load(chunk_ptr)
-    length = tl.load(lens_ptr + row)
-    begin = (task - first) * chunk
-    if WINDOW > 0:
-        begin += tl.maximum(length - WINDOW, 0)
-    end = tl.minimum(begin + chunk, length)
+    begin, end, alone = keys_of_task(task, row, task_starts_ptr, chunk_ptr, lens_ptr, WINDOW)
     row = row.to(tl.int64)
 
     g = tl.arange(0, BLOCK_GROUP)
@@ -172,7 +107,7 @@ def _decode(
         sums = tl.dot(weights.to(values.dtype), values, sums * shrink[:, None], input_precision="ieee")
         largest = new
 
-    if last - first == 1:
+    if alone:
         to = out_ptr + row * out_stride + head[:, None] * WIDTH + e[None, :]
         tl.store(to, (sums / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask_q)
     else:
@@ -225,48 +160,6 @@ def _reduce(
         sums = tl.load(sums_ptr + place[:, None] * WIDTH + e[None, :], mask=mask, other=0.0)
         y += tl.sum(weight[:, None] * sums, axis=0)
     tl.store(to, (y / total).to(out_ptr.dtype.element_ty), mask=e < WIDTH)
-
-
-def plan_tasks(
-    context_lens: Tensor,
-    kv_heads: int,
-    programs: int | None = None,
-    window: int | None = None,
-    *,
-    e4m3: bool = False,
-) -> DecodePlan:
-    """Cut the rows of context_lens [R] int32 (0: a row without work) into tasks for about `programs` programs.
-
-    window: most keys of a row that are seen; they are its last.  e4m3: for caches of it; other plans serve them too.
-
-    The shapes of the plan depend on R alone; its values are computed on the device.
-    """
-    rows = context_lens.shape[0]
-    if programs is None:
-        programs = TARGET_PROGRAMS_FP8 if e4m3 else TARGET_PROGRAMS
-    spread = max(1, programs // kv_heads)
-    device = context_lens.device
-    if window is not None:
-        context_lens = context_lens.clamp(max=window)
-    task_rows = torch.empty(rows + spread, dtype=torch.int32, device=device)
-    task_starts = torch.empty(rows + 1, dtype=torch.int32, device=device)
-    chunk = torch.empty(1, dtype=torch.int32, device=device)
-    block = triton.next_power_of_2(max(rows, 32))
-    _plan_tasks[(1,)](
-        context_lens,
-        task_rows,
-        task_starts,
-        chunk,
-        rows,
-        rows + spread,
-        spread,
-        MIN_CHUNK,
-        CHUNK_STEP,
-        block,
-        num_warps=max(1, min(8, block // 32)),
-    )
-    # chunk >= total / spread, so a row of the whole total has at most spread tasks.
-    return DecodePlan(task_rows, task_starts, chunk, spread)
 
 
 def decode_attention(

@@ -19,6 +19,7 @@ import triton.language as tl
 from vserve.kernels.early import await_inputs
 from vserve.kernels.narrow import key_scale, value_scale
 from vserve.kernels.softcap import capped
+from vserve.kernels.tasks import keys_of_task
 
 
 @triton.jit
@@ -96,14 +97,7 @@ def decode_e4m3(
     row = tl.load(task_rows_ptr + task)
     if row < 0:
         return
-    first = tl.load(task_starts_ptr + row)
-    last = tl.load(task_starts_ptr + row + 1)
-    chunk = tl.load(chunk_ptr)
-    length = tl.load(lens_ptr + row)
-    begin = (task - first) * chunk
-    if WINDOW > 0:
-        begin += tl.maximum(length - WINDOW, 0)
-    end = tl.minimum(begin + chunk, length)
+    begin, end, alone = keys_of_task(task, row, task_starts_ptr, chunk_ptr, lens_ptr, WINDOW)
     row = row.to(tl.int64)
 
     WIDE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
@@ -150,7 +144,7 @@ def decode_e4m3(
         sums_odd = tl.dot(weights, odd, sums_odd * shrink[:, None], input_precision="ieee")
         largest = new
 
-    if last - first == 1:
+    if alone:
         to = out_ptr + row * out_stride + at_q
         tl.store(to, (sums_even / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask_q)
         tl.store(to + 1, (sums_odd / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask_q)

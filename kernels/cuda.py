@@ -14,12 +14,13 @@ from torch.nn import functional
 
 from vserve.kernels import activation as _activation
 from vserve.kernels import dispatch, early, norm, rope
-from vserve.kernels.attention_decode import DecodePlan, decode_attention, plan_tasks
+from vserve.kernels.attention_decode import decode_attention
 from vserve.kernels.attention_prefill import prefill_attention
 from vserve.kernels.gemv import Normed, gated_gemv, gemv, gemv_then_norm
 from vserve.kernels.gemv_shapes import on_vectors
 from vserve.kernels.rope import split_qkv
 from vserve.kernels.sampling import bias_and_ban, count_tokens, penalise, sample, token_logprobs
+from vserve.kernels.tasks import DecodePlan, plan_tasks
 
 __all__ = [
     "DecodePlan",

@@ -98,7 +98,7 @@ def _one_row(
     ends = (x if bias is None else bias, x if residual is None else residual, y, outputs, weight.outputs, eps)
     about = (weight.inputs, weight.group, weight.bits, int(weight.form), weight.centre)
     flags = (norm is not None, bias is not None, residual is not None, gated, shape.rows, shape.width, early)
-    if _asm(x):
+    if has_asm(x):
         several = torch.int32 if weight.bits == 4 else torch.int64  # two or four numbers
         inputs, norms = x.view(several), (x if norm is None else norm).view(several)
         grouped_words.words[grid](
@@ -133,7 +133,7 @@ def _rows(x: Tensor, weight: Packed, bias: Tensor | None, residual: Tensor | Non
         x, _elements(weight), weight.numbers, x if bias is None else bias, x if residual is None else residual, y,
         partial, weight.counters, rows, weight.outputs, x.stride(0), weight.inputs, weight.group, weight.bits,
         int(weight.form), weight.centre, bias is not None, residual is not None, across, shape.rows, shape.width,
-        shape.stages, shape.splits, _asm(x), num_warps=shape.warps,
+        shape.stages, shape.splits, has_asm(x), num_warps=shape.warps,
     )  # fmt: skip
     return y
 
@@ -146,7 +146,7 @@ def _elements(weight: Packed) -> Tensor:
     return weight.data.view(torch.int32) if weight.bits == 4 else _bytes(weight)
 
 
-def _asm(x: Tensor) -> bool:
+def has_asm(x: Tensor) -> bool:
     """Whether the kernels may use machine code: not in the interpreter, and not for fp32, which is no speed of ours."""
     return x.is_cuda and x.dtype != torch.float32
 

@@ -184,6 +184,19 @@ def find_tile(starts_ptr, tile, count, pairs, BLOCK_M: tl.constexpr, BLOCK_E: tl
 
 
 @triton.jit
+def tile_operands(x_ptr, x_stride, place, pair, num_out, ACTIVE: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr):
+    """Where the inputs of `place` and `pair` [M] begin, [1, M], and the weights' rows of a tile [ROWS], GATED [2 ROWS]:
+    gate and up of an output side by side.  The last row again past the end."""
+    HALVES: tl.constexpr = 2 if GATED else 1
+    row = place
+    if GATED:
+        row = pair // ACTIVE
+    r = tl.arange(0, ROWS * HALVES)
+    n = tl.minimum(tl.program_id(0) * ROWS + r // HALVES, num_out - 1) + r % HALVES * num_out
+    return x_ptr + row.to(tl.int64)[None, :] * x_stride, n
+
+
+@triton.jit
 def _tiles(
     x_ptr,  # [T, K] with GATED, rows x_stride apart, one a token; else [P, K], one a place in the order
     weight_ptr,  # [E, N, K]; with GATED [E, 2 N, K]
@@ -213,13 +226,7 @@ def _tiles(
     place = first + tl.arange(0, BLOCK_M)
     inside = place < stop
     pair = tl.load(order_ptr + place, mask=inside, other=0)
-    row = place
-    if GATED:
-        row = pair // ACTIVE
-    x_row = x_ptr + row.to(tl.int64)[None, :] * x_stride
-    # Gate and up of an output side by side.
-    r = tl.arange(0, ROWS * HALVES)
-    n = tl.minimum(tl.program_id(0) * ROWS + r // HALVES, num_out - 1) + r % HALVES * num_out
+    x_row, n = tile_operands(x_ptr, x_stride, place, pair, num_out, ACTIVE, GATED, ROWS)
     # int64: an expert's offset passes 2**31 numbers in a large mixture
     w_row = weight_ptr + (expert.to(tl.int64) * HALVES * num_out + n)[:, None] * K
     acc = tl.zeros([ROWS * HALVES, BLOCK_M], tl.float32)

@@ -20,7 +20,7 @@ from vserve.kernels import grouped
 from vserve.kernels.early import await_inputs, options
 from vserve.kernels.grouped_matrix import load_numbers
 from vserve.kernels.grouped_row import FLOAT
-from vserve.kernels.moe import Tile, find_tile, store_tile, tiles_bound
+from vserve.kernels.moe import Tile, find_tile, store_tile, tile_operands, tiles_bound
 from vserve.kernels.packed import Form, Packed
 from vserve.kernels.route import Groups
 
@@ -112,13 +112,7 @@ def _packed_tiles(
     place = first + tl.arange(0, BLOCK_M)
     inside = place < stop
     pair = tl.load(order_ptr + place, mask=inside, other=0)
-    row = place
-    if GATED:
-        row = pair // ACTIVE
-    x_row = x_ptr + row.to(tl.int64)[None, :] * x_stride
-    # Gate and up of an output side by side.
-    r = tl.arange(0, ROWS * HALVES)
-    n = tl.minimum(tl.program_id(0) * ROWS + r // HALVES, num_out - 1) + r % HALVES * num_out
+    x_row, n = tile_operands(x_ptr, x_stride, place, pair, num_out, ACTIVE, GATED, ROWS)
     outputs = num_out * HALVES
     # int64: an expert's offset passes 2**31 bytes in a large mixture
     data = data_ptr + expert.to(tl.int64) * data_stride
@@ -151,7 +145,7 @@ def products(
     _packed_tiles[(triton.cdiv(outputs, tile.outputs), tiles_bound(pairs, count, tile.pairs))](
         x, data, weight.numbers, groups.order, groups.starts, y, count, pairs, outputs, x.stride(0), data.stride(0),
         weight.numbers.stride(0), width, weight.group, weight.bits, int(weight.form), weight.centre, active, gated,
-        triton.next_power_of_2(count), tile.pairs, tile.outputs, tile.inputs, tile.stages, grouped._asm(x),
+        triton.next_power_of_2(count), tile.pairs, tile.outputs, tile.inputs, tile.stages, grouped.has_asm(x),
         early, **options(tile.warps, early),
     )  # fmt: skip
 

@@ -40,8 +40,9 @@ from vserve.kernels import (  # noqa: E402
 from vserve.kernels.activation import activate, gated, silu_mul  # noqa: E402
 from vserve.kernels.moe_packed import new_stack  # noqa: E402
 from vserve.kernels.packed import Form, Packed  # noqa: E402
+from vserve.kernels.tasks import plan_tasks  # noqa: E402
 
-grouped._asm = lambda x: x.dtype != torch.float32  # what is compiled lies on a CPU here
+grouped.has_asm = lambda x: x.dtype != torch.float32  # what is compiled lies on a CPU here
 
 
 SIZES = ((1536, 2048), (2048, 768))
@@ -69,7 +70,7 @@ def main() -> None:
         for window, cap in ((4096, None), (None, 50.0), (1024, 30.0)):
             inputs = (q, keys, values, starts, lens, tables, 0.1)
             attention_prefill.prefill_attention(*inputs, window=window, softcap=cap, early=True)
-            tasks = attention_decode.plan_tasks(lens, kv_heads)
+            tasks = plan_tasks(lens, kv_heads)
             attention_decode.decode_attention(
                 q, keys, values, lens, tables, 0.1, tasks, window=window, softcap=cap, early=True
             )

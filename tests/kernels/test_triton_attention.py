@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from vserve.kernels import reference_gpu
-from vserve.kernels.attention_decode import decode_attention, plan_tasks
+from vserve.kernels.attention_decode import decode_attention
 from vserve.kernels.attention_prefill import prefill_attention
+from vserve.kernels.tasks import plan_tasks
 
 Check = Callable[[Tensor, Tensor], None]
 GPU = torch.cuda.is_available()

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from vserve.engine.request import GenRequest, RequestId, SamplingParams
 from vserve.kernels import reference, reference_gpu
-from vserve.kernels.attention_decode import decode_attention, plan_tasks
+from vserve.kernels.attention_decode import decode_attention
 from vserve.kernels.attention_prefill import prefill_attention
 from vserve.kernels.rope import norm_rope_and_write, split_qkv
+from vserve.kernels.tasks import plan_tasks
 
 Check = Callable[[Tensor, Tensor], None]
 GPU = torch.cuda.is_available()

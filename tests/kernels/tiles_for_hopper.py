@@ -39,7 +39,7 @@ from vserve.kernels.moe_packed import new_stack  # noqa: E402
 from vserve.kernels.packed import Form, Packed  # noqa: E402
 from vserve.kernels.route import Routes  # noqa: E402
 
-grouped._asm = lambda x: x.dtype != torch.float32  # what is measured lies on a CPU here
+grouped.has_asm = lambda x: x.dtype != torch.float32  # what is measured lies on a CPU here
 
 WIDTHS = (576, 1536, 4096)
 OUTPUTS = (960, 4096, gemv_shapes.WIDE, 4 * gemv_shapes.WIDE)
