@@ -86,25 +86,37 @@ def _vector(
     first, second, squares = _add_products(
         x_ptr, norm_ptr, x_stride, LAST + k, w, v, first, second, squares, M, K, HAS_NORM, GATED, EVEN
     )
-    valid = n < num_out
     for m in tl.static_range(M):
         y = tl.sum(first[m], axis=1)
         up = y
         if GATED:
             up = tl.sum(second[m], axis=1)
-        if HAS_NORM:
-            scale = tl.rsqrt(tl.sum(squares[m], axis=0) / K + eps)
-            y *= scale
-            up *= scale
+        finish_row(
+            y, up, tl.sum(squares[m], axis=0), n, num_out, eps, bias_ptr, residual_ptr + m * num_out,
+            y_ptr + m * num_out, K, HAS_NORM, HAS_BIAS, HAS_RESIDUAL, GATED,
+        )  # fmt: skip
+
+
+@triton.jit
+def finish_row(
+    y, up, squares, n, num_out, eps, bias_ptr, residual_ptr, y_ptr, K: tl.constexpr, HAS_NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    # sums y (and up) [ROWS] -> y_ptr, with norm, bias, gate and residual
+    valid = n < num_out
+    if HAS_NORM:
+        factor = tl.rsqrt(squares / K + eps)
+        y *= factor
+        up *= factor
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + n, mask=valid, other=0.0).to(tl.float32)
+    if GATED:
         if HAS_BIAS:
-            y += tl.load(bias_ptr + n, mask=valid, other=0.0).to(tl.float32)
-        if GATED:
-            if HAS_BIAS:
-                up += tl.load(bias_ptr + num_out + n, mask=valid, other=0.0).to(tl.float32)
-            y = y / (1.0 + tl.exp(-y)) * up
-        if HAS_RESIDUAL:
-            y += tl.load(residual_ptr + m * num_out + n, mask=valid, other=0.0).to(tl.float32)
-        tl.store(y_ptr + m * num_out + n, y.to(y_ptr.dtype.element_ty), mask=valid)
+            up += tl.load(bias_ptr + num_out + n, mask=valid, other=0.0).to(tl.float32)
+        y = y / (1.0 + tl.exp(-y)) * up
+    if HAS_RESIDUAL:
+        y += tl.load(residual_ptr + n, mask=valid, other=0.0).to(tl.float32)
+    tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit

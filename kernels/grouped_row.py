@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from vserve.kernels.early import await_inputs
+from vserve.kernels.gemv import finish_row
 from vserve.kernels.packed import Form
 
 ZERO = tl.constexpr(int(Form.ZERO))
@@ -198,25 +199,3 @@ def portable_row(
         tl.sum(sums, axis=1), tl.sum(more, axis=1), tl.sum(squares, axis=0), n, num_out, eps, bias_ptr, residual_ptr,
         y_ptr, K, HAS_NORM, HAS_BIAS, HAS_RESIDUAL, GATED,
     )  # fmt: skip
-
-
-@triton.jit
-def finish_row(
-    y, up, squares, n, num_out, eps, bias_ptr, residual_ptr, y_ptr, K: tl.constexpr, HAS_NORM: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-):  # fmt: skip
-    # sums y (and up) [ROWS] -> y_ptr, with norm, bias, gate and residual
-    valid = n < num_out
-    if HAS_NORM:
-        factor = tl.rsqrt(squares / K + eps)
-        y *= factor
-        up *= factor
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + n, mask=valid, other=0.0).to(tl.float32)
-    if GATED:
-        if HAS_BIAS:
-            up += tl.load(bias_ptr + num_out + n, mask=valid, other=0.0).to(tl.float32)
-        y = y / (1.0 + tl.exp(-y)) * up
-    if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + n, mask=valid, other=0.0).to(tl.float32)
-    tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=valid)

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 
 from vserve.kernels.early import await_inputs
-from vserve.kernels.grouped_row import add_groups, finish_row, load_group
+from vserve.kernels.gemv import finish_row
+from vserve.kernels.grouped_row import add_groups, load_group
 
 _HALVES = {
     torch.bfloat16: "shl.b32 c, SRC, 16; mov.b32 A, c; and.b32 c, SRC, 0xFFFF0000; mov.b32 B, c; ",
