@@ -73,15 +73,8 @@ class Groups:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class GroupedTensor(StoredTensor):
-    """A matrix of integers in groups; data: the packed integers.  bits: 4 or 8.  scales: as stored.
-
-    unpack: makes its ``Groups`` on a device, anew each time.
-    """
-
-    bits: int
-    scales: Tensor
-    unpack: Callable[[torch.device], Groups]
+class _QuantisedMatrix(StoredTensor):
+    """A matrix [N, K] that is quantised, though not in the blocks of a GGUF file."""
 
     @property
     def quantised(self) -> bool:
@@ -92,7 +85,19 @@ class GroupedTensor(StoredTensor):
         return self.shape[0]
 
     def blocks(self) -> Tensor:
-        raise ValueError(f"tensor {self.name} is made of groups and has no blocks")
+        raise ValueError(f"tensor {self.name} has no blocks")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupedTensor(_QuantisedMatrix):
+    """A matrix of integers in groups; data: the packed integers.  bits: 4 or 8.  scales: as stored.
+
+    unpack: makes its ``Groups`` on a device, anew each time.
+    """
+
+    bits: int
+    scales: Tensor
+    unpack: Callable[[torch.device], Groups]
 
     def rows(self, start: int, stop: int) -> StoredTensor:
         return self._chosen(slice(start, stop), stop - start)
@@ -116,7 +121,7 @@ class GroupedTensor(StoredTensor):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class FloatTensor(StoredTensor):
+class FloatTensor(_QuantisedMatrix):
     """A matrix of e4m3 numbers; data: float8_e4m3fn [N, K].  scale float32 [N]: of each row.
 
     input_scale float32 [1]: of the inputs wherever they become e4m3, None for the scale that each row needs.
@@ -124,17 +129,6 @@ class FloatTensor(StoredTensor):
 
     scale: Tensor
     input_scale: Tensor | None = None
-
-    @property
-    def quantised(self) -> bool:
-        return True
-
-    @property
-    def num_rows(self) -> int:
-        return self.shape[0]
-
-    def blocks(self) -> Tensor:
-        raise ValueError(f"tensor {self.name} is made of e4m3 numbers and has no blocks")
 
     def rows(self, start: int, stop: int) -> StoredTensor:
         return replace(
